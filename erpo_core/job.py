@@ -1,0 +1,80 @@
+"""What a job's entry function receives beside its specification and its sink."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+
+@dataclass(frozen=True)
+class ModelInput:
+    """A model reference after resolution: the base to load, and the adapter to put on it, if any."""
+
+    base: str
+    adapter_path: Path | None = None
+
+
+@dataclass(frozen=True)
+class JobInputs:
+    """Everything a child needs from outside, resolved by the worker after its claim.
+
+    ``work_dir`` belongs to this attempt alone; ``cache_dir`` is shared by all jobs of a host and may be emptied at will.
+    """
+
+    job_id: str
+    run_id: str
+    attempt: int
+    work_dir: Path
+    cache_dir: Path
+    model: ModelInput
+    data_root: Path | None = None
+    model_roots: tuple[Path, ...] = ()
+    resume_from: Path | None = None
+    stored: frozenset[tuple[str, int]] = field(default_factory=frozenset)
+    """(prompt_id, sample) of the answers that an earlier attempt of an evaluation has stored."""
+
+    @classmethod
+    def from_json(cls, body: dict[str, Any]) -> "JobInputs":
+        """The inverse of :meth:`to_json`."""
+        model = body["model"]
+        return cls(
+            job_id=body["job_id"],
+            run_id=body["run_id"],
+            attempt=body["attempt"],
+            work_dir=Path(body["work_dir"]),
+            cache_dir=Path(body["cache_dir"]),
+            model=ModelInput(model["base"], _path(model["adapter_path"])),
+            data_root=_path(body["data_root"]),
+            model_roots=tuple(Path(root) for root in body["model_roots"]),
+            resume_from=_path(body["resume_from"]),
+            stored=frozenset((prompt, sample) for prompt, sample in body["stored"]),
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {
+            "job_id": self.job_id,
+            "run_id": self.run_id,
+            "attempt": self.attempt,
+            "work_dir": str(self.work_dir),
+            "cache_dir": str(self.cache_dir),
+            "model": {"base": self.model.base, "adapter_path": _text(self.model.adapter_path)},
+            "data_root": _text(self.data_root),
+            "model_roots": [str(root) for root in self.model_roots],
+            "resume_from": _text(self.resume_from),
+            "stored": sorted(self.stored),
+        }
+
+
+class Stop(Protocol):
+    """Asked between steps: has somebody asked the job to checkpoint and leave?"""
+
+    @property
+    def requested(self) -> bool: ...
+
+
+def _path(value: str | None) -> Path | None:
+    return None if value is None else Path(value)
+
+
+def _text(value: Path | None) -> str | None:
+    return None if value is None else str(value)

@@ -1,0 +1,100 @@
+"""Parts that several job specifications share. Field names are TRL's, PEFT's and vLLM's own where they have one."""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Name = Annotated[str, Field(min_length=1, max_length=200)]
+Text = Annotated[str, Field(min_length=1, max_length=200_000)]
+
+
+class Spec(BaseModel):
+    """Frozen, and strict about unknown fields: a misspelt option is an error, never a silent default."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class CheckpointRef(Spec):
+    """A checkpoint of a run of this service."""
+
+    run: str = Field(pattern=r"^run_[0-9a-f]{32}$", description="Id of a training run.")
+    checkpoint: Literal["last", "best"] | Annotated[int, Field(ge=0)] = Field(
+        "last", description="`last`, `best` (highest reward), or a step."
+    )
+
+
+ModelRef = Annotated[
+    Name | CheckpointRef,
+    Field(description="A registered name (`smollm2-135m`), a hub id, a folder in an allowed root, or a run's checkpoint."),
+]
+DatasetRef = Annotated[
+    Name,
+    Field(
+        description="`reasoning-gym:<task>?arg=value&size=N&seed=S`, `data:<file>.jsonl` in the data root, "
+        "an uploaded data set (`ds_...`), or a hub id."
+    ),
+]
+
+
+class WorkedExample(Spec):
+    """One solved problem, put before the question as a user turn and an assistant turn."""
+
+    problem: Text
+    solution: Text
+
+
+class PromptSpec(Spec):
+    """How a problem becomes a prompt; part of the identity of a training or an evaluation."""
+
+    template: Literal["chat", "qwen-boxed", "raw"] = Field(
+        "chat",
+        description="`chat`: the model's own chat template. `qwen-boxed`: Qwen2.5-Math's. `raw`: no chat turns.",
+    )
+    system_prompt: str | None = Field(None, max_length=20_000, description="System turn; none by default.")
+    instruction: str | None = Field(None, max_length=20_000, description="Text added after each problem.")
+    worked_examples: tuple[WorkedExample, ...] = Field((), max_length=16)
+
+
+class LoraSpec(Spec):
+    """Low-rank adapters, in PEFT's names."""
+
+    r: int = Field(32, ge=1, le=512, description="Rank.")
+    lora_alpha: int = Field(64, ge=1, le=4096, description="Scale; the update is multiplied by alpha / r.")
+    lora_dropout: float = Field(0.0, ge=0, lt=1)
+    target_modules: str | tuple[str, ...] = Field("all-linear", description="PEFT's `target_modules`.")
+
+
+class RewardSpec(Spec):
+    """One registered reward function and its weight in the sum."""
+
+    name: Literal["accuracy", "boxed_format", "length_penalty", "regex"]
+    weight: float = Field(1.0, ge=-100, le=100)
+    args: dict[str, str | int | float | bool] = Field(default_factory=dict, max_length=20)
+
+
+class HardwareSpec(Spec):
+    """What the job runs on."""
+
+    num_gpus: int = Field(0, ge=0, le=64, description="0: whatever the worker has, the CPU included.")
+    strategy: Literal["single", "ddp"] = "single"
+
+
+class JobOptions(Spec):
+    """Options of the order, kept on the job row: they are not part of what is computed."""
+
+    name: str | None = Field(None, max_length=200)
+    tags: tuple[Annotated[str, Field(min_length=1, max_length=64)], ...] = Field((), max_length=32)
+    priority: int = Field(0, ge=-9, le=9, description="Higher runs first.")
+    depends_on: tuple[str, ...] = Field((), max_length=32, description="Run ids that must succeed first.")
+    time_limit_seconds: float | None = Field(None, gt=0)
+    max_retries: int = Field(2, ge=0, le=10, description="Re-queues after a lost worker.")
+
+
+class SamplingSpec(Spec):
+    """How responses are sampled."""
+
+    temperature: float = Field(1.0, ge=0, le=10, description="0 is greedy decoding.")
+    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int = Field(0, ge=0, description="0 keeps the whole vocabulary.")
+    max_completion_length: int = Field(512, ge=1, le=65_536, description="Tokens.")
+    seed: int = Field(0, ge=0, le=2**31 - 1)

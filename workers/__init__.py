@@ -1,0 +1,1 @@
+"""Celery workers: they claim jobs in the database and supervise the children that compute."""
