@@ -17,7 +17,8 @@ class ModelInput:
 class JobInputs:
     """Everything a child needs from outside, resolved by the worker after its claim.
 
-    ``work_dir`` belongs to this attempt alone; ``cache_dir`` is shared by all jobs of a host and may be emptied at will.
+    ``work_dir`` belongs to this attempt alone; ``cache_dir`` is shared by all jobs of a host and may be
+    emptied at will.
     """
 
     job_id: str

@@ -1,7 +1,7 @@
 """What a child process reports, and how it travels: numbered frames of a JSON header and a binary payload.
 
-A frame is ``u32 header length | u32 payload length | header (UTF-8 JSON) | payload``, integers big-endian. The child sends
-records numbered from 1; the recorder answers ``{"ack": n}`` once record n and all before it are in the database.
+A frame is ``u32 header length | u32 payload length | header (UTF-8 JSON) | payload``, integers big-endian. The child
+sends records numbered from 1; the recorder answers ``{"ack": n}`` once record n and all before it are in the database.
 """
 
 import json
@@ -60,10 +60,11 @@ class Completions:
 class Trace:
     """Per-token channels of one sequence. ``payload`` is a blob of :mod:`erpo_core.codec`.
 
-    ``meta``: ``prompt_id``, ``group``, ``sample``, ``prompt``, ``completion``, ``num_tokens``, ``reward``, ``advantage``,
-    ``stats`` {h_mean, h_p50, h_p95, h_max}, ``histogram`` [64 counts], ``group_stats`` {...}, ``tokens`` [text of each token],
-    ``pivots`` [{position, entropy, token, logp, alternatives: [{token, token_id, logp}]}], and of the whole set: ``model_digest``,
-    ``adapter_digest``, ``tokenizer_digest``, ``temperature``, ``dtype``, ``head_dtype``, ``exact``.
+    ``meta``: ``prompt_id``, ``group``, ``sample``, ``prompt``, ``completion``, ``num_tokens``, ``reward``,
+    ``advantage``, ``stats`` {h_mean, h_p50, h_p95, h_max}, ``histogram`` [64 counts], ``group_stats`` {...}, ``tokens``
+    [text of each token], ``pivots`` [{position, entropy, token, logp, alternatives: [{token, token_id, logp}]}], and of
+    the whole set: ``model_digest``, ``adapter_digest``, ``tokenizer_digest``, ``temperature``, ``dtype``,
+    ``head_dtype``, ``exact``.
     """
 
     kind: ClassVar[str] = "trace"

@@ -16,7 +16,17 @@ SPECS: dict[JobKind, TypeAdapter] = {
     "entropy": TypeAdapter(EntropySpec),
 }
 
-__all__ = ["SPECS", "EntropySpec", "ErpoTrainSpec", "EvaluateSpec", "GrpoTrainSpec", "JobKind", "Spec", "TrainSpec", "parse_spec"]
+__all__ = [
+    "SPECS",
+    "EntropySpec",
+    "ErpoTrainSpec",
+    "EvaluateSpec",
+    "GrpoTrainSpec",
+    "JobKind",
+    "Spec",
+    "TrainSpec",
+    "parse_spec",
+]
 
 
 def parse_spec(kind: JobKind, body: dict[str, Any]) -> Any:

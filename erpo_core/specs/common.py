@@ -25,7 +25,7 @@ class CheckpointRef(Spec):
 
 ModelRef = Annotated[
     Name | CheckpointRef,
-    Field(description="A registered name (`smollm2-135m`), a hub id, a folder in an allowed root, or a run's checkpoint."),
+    Field(description="A registered name (`smollm2-135m`), a hub id, a local folder, or a run's checkpoint."),
 ]
 DatasetRef = Annotated[
     Name,

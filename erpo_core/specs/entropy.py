@@ -20,7 +20,9 @@ class DetectorSpec(Spec):
     kind: Literal["quantile", "absolute", "zscore", "gate", "transient"] = "quantile"
     scope: Literal["sequence", "group", "run"] = "sequence"
     fraction: float = Field(0.05, gt=0, le=1, description="`quantile`: share of tokens, exactly ceil(fraction n).")
-    threshold: float | None = Field(None, description="`absolute`: nats; `zscore`: sigmas; `gate`: W; `transient`: prominence.")
+    threshold: float | None = Field(
+        None, description="Nats (`absolute`), sigmas (`zscore`), W (`gate`), prominence (`transient`)."
+    )
     min_entropy: float = Field(0.0, ge=0, description="Tokens below it (nats) are never pivots.")
 
 

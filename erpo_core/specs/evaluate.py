@@ -16,7 +16,9 @@ class EvaluateSpec(Spec):
     sampling: SamplingSpec = SamplingSpec()
     num_samples: int = Field(16, ge=1, le=1024, description="Answers per problem.")
     limit: int | None = Field(None, ge=1, description="Only the first problems, by order of the file.")
-    pass_at: tuple[int, ...] = Field((1, 2, 4, 8, 16), max_length=16, description="k of pass@k; k <= num_samples is reported.")
+    pass_at: tuple[int, ...] = Field(
+        (1, 2, 4, 8, 16), max_length=16, description="k of pass@k; k <= num_samples is reported."
+    )
     truncated_boxed: Literal["credit", "wrong"] = Field(
         "credit", description="An answer cut at the length limit whose box had closed: credited, or wrong."
     )

@@ -4,7 +4,16 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from erpo_core.specs.common import DatasetRef, HardwareSpec, JobOptions, LoraSpec, ModelRef, PromptSpec, RewardSpec, Spec
+from erpo_core.specs.common import (
+    DatasetRef,
+    HardwareSpec,
+    JobOptions,
+    LoraSpec,
+    ModelRef,
+    PromptSpec,
+    RewardSpec,
+    Spec,
+)
 
 _REWARDS = (RewardSpec(name="accuracy", weight=1.0), RewardSpec(name="boxed_format", weight=0.2))
 
