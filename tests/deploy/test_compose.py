@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from tiny_model import make_tiny_model
 
 from service.client import ErpoClient
+from tiny_model import make_tiny_model
 
 COMPOSE = Path(__file__).parents[2] / "deploy" / "compose.yaml"
 PASSWORD = "secret"

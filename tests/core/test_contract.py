@@ -1,0 +1,101 @@
+"""The light contracts: job specifications, records, errors, and what an import may pull in."""
+
+import pickle
+import subprocess
+import sys
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from erpo_core import errors, records
+from erpo_core.job import JobInputs, ModelInput
+from erpo_core.specs import parse_spec
+
+TRAIN = {"model": "m", "dataset": "d"}
+
+
+@pytest.mark.parametrize("module", ["erpo_core", "erpo_core.specs", "erpo_core.records", "erpo_core.codec"])
+def test_light_modules_do_not_import_torch(module):
+    heavy = "{'torch', 'transformers', 'trl', 'vllm', 'peft', 'celery', 'fastapi'}"
+    code = f"import sys, {module}; print(sorted({heavy} & set(sys.modules)))"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"
+
+
+def test_a_request_with_only_model_and_dataset_is_the_papers_setting():
+    spec = parse_spec("train", TRAIN)
+    assert spec.algorithm == "erpo"
+    assert (spec.num_generations, spec.generation_batch_size) == (8, 16)
+    assert (spec.learning_rate, spec.weight_decay, spec.warmup_steps) == (5e-6, 0.001, 0.1)
+    assert (spec.lora.r, spec.lora.lora_alpha) == (32, 64)
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"num_generations": 1}, "num_generations"),
+        ({"generation_batch_size": 12}, "generation_batch_size"),
+        ({"temperature": -1}, "temperature"),
+        ({"learning_rat": 1e-5}, "learning_rat"),
+        ({"algorithm": "grpo", "num_buckets": 3}, "num_buckets"),
+        ({"learning_rate": float("nan")}, "learning_rate"),
+        ({"outcome_reward": "regex"}, "outcome_reward"),
+        ({"max_completion_length": 4096}, "max_completion_length"),
+    ],
+)
+def test_a_wrong_training_field_is_named(change, field):
+    with pytest.raises(ValidationError) as caught:
+        parse_spec("train", TRAIN | change)
+    assert field in str(caught.value)
+
+
+def test_a_stored_spec_reads_back_as_itself():
+    spec = parse_spec("train", TRAIN | {"algorithm": "grpo", "lora": None})
+    assert parse_spec("train", spec.model_dump(mode="json")) == spec
+
+
+@given(st.dictionaries(st.text(min_size=1), st.floats() | st.none()), st.binary(max_size=200))
+def test_records_survive_the_wire_and_numbers_that_are_not_finite_become_null(values, payload):
+    for record in (records.Metrics(3, values), records.Trace(1, {"stats": values}, payload)):
+        frame = records.encode_frame(*records.to_wire(record))
+        position = 0
+
+        def read_exactly(count, frame=frame):
+            nonlocal position
+            position += count
+            return frame[position - count : position]
+
+        back = records.from_wire(*records.read_frame(read_exactly))
+        finite = {k: v if v is not None and v - v == 0 else None for k, v in values.items()}
+        assert type(back) is type(record)
+        assert (back.values if isinstance(back, records.Metrics) else back.meta["stats"]) == finite
+        assert getattr(back, "payload", payload) == payload
+
+
+def test_a_frame_beyond_the_bounds_is_refused():
+    with pytest.raises(ValueError, match="beyond"):
+        records.read_frame(lambda count: b"\xff" * count)
+
+
+@pytest.mark.parametrize("cls", [c for c in vars(errors).values() if isinstance(c, type)])
+def test_errors_are_picklable_and_keep_their_fields(cls):
+    error = cls("told", code="other")
+    back = pickle.loads(pickle.dumps(error))
+    assert type(back) is cls
+    assert vars(back) == vars(error)
+    assert str(back) == "told"
+
+
+def test_job_inputs_travel_as_json(tmp_path):
+    inputs = JobInputs(
+        job_id="job_1",
+        run_id="run_1",
+        attempt=2,
+        work_dir=tmp_path,
+        cache_dir=tmp_path / "cache",
+        model=ModelInput("smollm2-135m", tmp_path / "adapter"),
+        stored=frozenset({("p", 0), ("p", 1)}),
+    )
+    assert JobInputs.from_json(inputs.to_json()) == inputs
