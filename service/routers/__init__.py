@@ -1,0 +1,1 @@
+"""HTTP routes: parse, call the database layer, shape. No SQL here."""
