@@ -34,6 +34,7 @@ class Settings(BaseSettings):
     heartbeat_seconds: float = Field(10, gt=0)
     sweep_seconds: float = Field(30, gt=0, description="How often each worker looks at the queue without being rung.")
     grace_seconds: float = Field(60, gt=0, description="From SIGTERM to SIGKILL of a child.")
+    shutdown_seconds: float = Field(60, gt=0, description="The same when the worker itself is asked to leave.")
     log_bytes_per_job: int = Field(16 * 2**20, ge=1024)
 
     @model_validator(mode="after")

@@ -1,0 +1,1 @@
+"""The `erpo` command."""

@@ -1,0 +1,104 @@
+"""``python -m workers.child job.json``: compute one attempt of one job, report through ``ERPO_RECORD_SOCKET``.
+
+``job.json`` holds ``{"kind", "spec", "inputs"}``; ``inputs`` is that of :class:`erpo_core.job.JobInputs`. stdout and
+stderr are the job's log. The last record says how it ended; the exit code is 0 if that record could be sent.
+"""
+
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from erpo_core.errors import ErpoError
+from erpo_core.job import JobInputs
+from erpo_core.records import Ended
+from workers.child.channel import Channel
+from workers.child.stop import StopFlag
+from workers.processes import die_with_parent
+
+KINDS = ("train", "evaluate", "entropy")
+SUPERVISOR_VARIABLE = "ERPO_SUPERVISOR_PID"
+_MEMORY_TEXTS = ("out of memory", "can't allocate memory", "cannot allocate memory", "not enough memory")
+
+
+def main(path: str) -> int:
+    """Run the job that a file describes."""
+    die_with_supervisor()
+    job = json.loads(Path(path).read_text())
+    stop = StopFlag()
+    stop.listen()
+    channel = Channel(os.environ["ERPO_RECORD_SOCKET"])
+    channel.emit(run_job(job, channel, stop))
+    channel.close()
+    return 0
+
+
+def run_job(job: dict[str, Any], channel: Channel, stop: StopFlag) -> Ended:
+    """Compute, and say how it ended; this is the border that no exception crosses."""
+    try:
+        run, inputs = entry_of(job["kind"]), JobInputs.from_json(job["inputs"])
+        result = run(parse(job["kind"], job["spec"]), inputs, channel, stop)
+    except BaseException as error:
+        traceback.print_exc()
+        return Ended("failed", failure_code(error), failure_message(error))
+    return Ended("stopped") if result.get("stopped") else Ended("succeeded")
+
+
+def entry_of(kind: str) -> Callable[..., dict[str, Any]]:
+    """The entry function of a job kind.
+
+    Raises:
+        ErpoError: no such kind.
+    """
+    if kind not in KINDS:
+        raise ErpoError(f"unknown job kind {kind!r}", code="invalid_spec")
+    set_threads()
+    return import_module(f"workers.child.{kind}").run
+
+
+def parse(kind: str, body: dict[str, Any]) -> Any:
+    """The stored specification as its model."""
+    from erpo_core.specs import parse_spec
+
+    return parse_spec(kind, body)
+
+
+def set_threads() -> None:
+    """As many threads as this process may use, unless the environment says otherwise; before torch is imported."""
+    os.environ.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def die_with_supervisor() -> None:
+    """Be killed with the supervisor; also if it died before this line."""
+    die_with_parent()
+    expected = os.environ.get(SUPERVISOR_VARIABLE)
+    if expected and os.getppid() != int(expected):
+        sys.exit("erpo: the supervisor is gone")
+
+
+def failure_code(error: BaseException) -> str:
+    """The ``status_reason`` that an exception becomes."""
+    if isinstance(error, ErpoError):
+        return error.code
+    text = str(error).lower()
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(t in text for t in _MEMORY_TEXTS)):
+        return "oom"
+    if type(error).__name__ == "ValidationError":
+        return "invalid_spec"
+    return "failed"
+
+
+def failure_message(error: BaseException) -> str:
+    """One line for people."""
+    if isinstance(error, ErpoError):
+        return error.message
+    return f"{type(error).__name__}: {error}"[:2000]
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))
