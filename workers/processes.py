@@ -32,7 +32,7 @@ def boottime() -> float:
     return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
-def attempt_processes(mark: str, *, root: int | None = None) -> list[psutil.Process]:
+def attempt_processes(mark: str, *, root: psutil.Process | None = None) -> list[psutil.Process]:
     """Living processes whose environment carries ``ERPO_ATTEMPT=<mark>``, and the descendants of ``root``.
 
     The calling process is never among them.
@@ -44,7 +44,7 @@ def attempt_processes(mark: str, *, root: int | None = None) -> list[psutil.Proc
     return [process for process in found.values() if _is_alive(process)]
 
 
-def kill_attempt(mark: str, *, root: int | None = None, seconds: float = 10.0) -> bool:
+def kill_attempt(mark: str, *, root: psutil.Process | None = None, seconds: float = 10.0) -> bool:
     """SIGKILL the processes of an attempt until none is left; true once that is so, false after ``seconds``."""
     end = time.monotonic() + seconds
     while living := attempt_processes(mark, root=root):
@@ -91,10 +91,10 @@ def _marked(mark: str) -> list[int]:
     return found
 
 
-def _descendants(root: int) -> list[psutil.Process]:
+def _descendants(root: psutil.Process) -> list[psutil.Process]:
+    """Itself and all below it. psutil compares start times: a process number that was given away is nobody's."""
     try:
-        process = psutil.Process(root)
-        return [process, *process.children(recursive=True)]
+        return [root, *root.children(recursive=True)]
     except psutil.Error:
         return []
 

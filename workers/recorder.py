@@ -4,6 +4,7 @@ One thread reads frames into a bounded buffer, one writes. When the database is 
 buffer fills, then the socket, then the child's own window: the child waits and nothing is lost.
 """
 
+import contextlib
 import logging
 import os
 import shutil
@@ -163,13 +164,13 @@ class Recorder:
 
     def _acknowledge(self, batch: list[tuple[int, Record, int]]) -> None:
         with self._changed:
-            for number, record, size in batch:
+            for _, record, size in batch:
                 self._buffer.popleft()
                 self._bytes -= size
                 if isinstance(record, Ended):
                     self.ended = record
             self._changed.notify_all()
-        self._tell({"ack": number})
+        self._tell({"ack": batch[-1][0]})
 
     def _tell(self, message: dict) -> None:
         if self._connection is None:
@@ -204,8 +205,6 @@ def _exactly(stream, size: int) -> bytes:
 
 
 def _hang_up(end: socket.socket) -> None:
-    try:
+    with contextlib.suppress(OSError):
         end.shutdown(socket.SHUT_RDWR)
-    except OSError:
-        pass
     end.close()

@@ -39,6 +39,7 @@ class Channel:
         self._changed = threading.Condition()
         self._outbox: deque[bytes] = deque()
         self._sizes: dict[int, int] = {}
+        self._bytes = 0
         self._last = 0
         self._permit: float | None = None
         self._closing = False
@@ -53,6 +54,7 @@ class Channel:
             self._last += 1
             frame = encode_frame({"n": self._last, **header}, payload)
             self._sizes[self._last] = len(frame)
+            self._bytes += len(frame)
             self._outbox.append(frame)
             self._changed.notify_all()
 
@@ -65,7 +67,7 @@ class Channel:
         self._socket.close()
 
     def _has_room(self) -> bool:
-        return len(self._sizes) < WINDOW_RECORDS and sum(self._sizes.values()) < WINDOW_BYTES
+        return len(self._sizes) < WINDOW_RECORDS and self._bytes < WINDOW_BYTES
 
     def _send(self) -> None:
         while True:
@@ -93,7 +95,7 @@ class Channel:
             if "permit" in message:
                 self._permit = message["permit"]
             for number in [n for n in self._sizes if n <= message.get("ack", 0)]:
-                del self._sizes[number]
+                self._bytes -= self._sizes.pop(number)
             self._changed.notify_all()
 
     def _watch(self) -> None:

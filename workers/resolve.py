@@ -1,0 +1,89 @@
+"""From a claimed job to what its child needs: a model reference becomes names and local paths."""
+
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy.orm import Session
+
+from erpo_core.errors import UnknownReferenceError
+from erpo_core.job import JobInputs, ModelInput
+from service.db import jobs, runs
+from service.db.claims import Claim
+from service.settings import Settings
+
+_DEPTH = 32
+
+
+def resolve_inputs(session: Session, claim: Claim, settings: Settings) -> JobInputs:
+    """Everything that the child of this attempt gets beside its specification.
+
+    Raises:
+        UnknownReferenceError: a run or a checkpoint that the model names is not there (any more).
+    """
+    return JobInputs(
+        job_id=claim.job_id,
+        run_id=claim.run_id,
+        attempt=claim.attempt,
+        work_dir=settings.artifacts_dir / "runs" / claim.run_id / f"attempt-{claim.attempt}",
+        cache_dir=settings.cache_dir,
+        model=resolve_model(session, claim.spec["model"]),
+        data_root=settings.data_root,
+        # A run that trained every weight is a base model for others, and lies among the artifacts.
+        model_roots=(*settings.model_roots, settings.artifacts_dir),
+        resume_from=_resume_from(session, claim),
+        stored=_stored(session, claim),
+    )
+
+
+def resolve_model(session: Session, reference: str | dict[str, Any], depth: int = 0) -> ModelInput:
+    """A name stays a name; a run's checkpoint becomes its base model and its adapter's folder.
+
+    Raises:
+        UnknownReferenceError: the run has no such checkpoint, or its files are gone.
+    """
+    if isinstance(reference, str):
+        return ModelInput(reference)
+    if depth > _DEPTH:
+        raise UnknownReferenceError("runs that start from one another in a circle", pointer="/model")
+    run = jobs.get_run(session, reference["run"])
+    folder = _checkpoint_folder(session, run.id, reference.get("checkpoint", "last"))
+    if run.spec.get("lora", True) is None:
+        return ModelInput(str(folder))
+    return ModelInput(resolve_model(session, run.spec["model"], depth + 1).base, folder)
+
+
+def _checkpoint_folder(session: Session, run_id: str, wanted: str | int) -> Path:
+    found = sorted(runs.list_checkpoints(session, run_id), key=lambda row: row.step)
+    if isinstance(wanted, int):
+        found = [row for row in found if row.step == wanted]
+    elif wanted == "best":
+        found.sort(key=_reward)
+    if not found:
+        raise UnknownReferenceError(
+            f"run {run_id} has no checkpoint {wanted!r}", pointer="/model", mend=f"see GET /runs/{run_id}/checkpoints"
+        )
+    return _existing(Path(found[-1].path))
+
+
+def _reward(checkpoint) -> float:
+    reward = (checkpoint.data or {}).get("reward")
+    return float("-inf") if reward is None else reward
+
+
+def _resume_from(session: Session, claim: Claim) -> Path | None:
+    if claim.kind != "train":
+        return None
+    found = sorted(runs.list_checkpoints(session, claim.run_id), key=lambda row: row.step)
+    return _existing(Path(found[-1].path)) if found else None
+
+
+def _existing(folder: Path) -> Path:
+    if not folder.is_dir():
+        raise UnknownReferenceError(f"the files of the checkpoint {folder} are gone", code="checkpoint_missing")
+    return folder
+
+
+def _stored(session: Session, claim: Claim) -> frozenset[tuple[str, int]]:
+    if claim.kind != "evaluate" or claim.attempt == 1:
+        return frozenset()
+    return frozenset(runs.stored_answers(session, claim.run_id))

@@ -1,0 +1,163 @@
+"""One attempt of one job: start its child, watch it, end every process of it, write how it ended.
+
+The supervisor raises nothing that a job could cause. It is over only when no process of the attempt is left.
+"""
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import psutil
+
+from erpo_core.job import JobInputs
+from service.settings import Settings
+from workers.claims import Attempt
+from workers.heart import Heart
+from workers.joblog import JobLog
+from workers.outcome import Order, Outcome, classify, memory_kills
+from workers.processes import ATTEMPT_VARIABLE, adopt_orphans, kill_attempt
+from workers.recorder import Recorder
+
+log = logging.getLogger(__name__)
+CHILD_COMMAND = (sys.executable, "-m", "workers.child")
+_LOOK_SECONDS = 0.05
+_NOW_SECONDS = 1.0
+"""Cancelling without a checkpoint still gives the child this long to close what it holds."""
+_WANTED = {"paused": Order.PAUSE, "cancelled": Order.CANCEL, "cancelled_now": Order.CANCEL_NOW}
+
+
+class Supervisor:
+    """Runs one attempt to its end."""
+
+    def __init__(
+        self,
+        attempt: Attempt,
+        settings: Settings,
+        stopping: threading.Event,
+        *,
+        command: Sequence[str] = CHILD_COMMAND,
+        time_limit_seconds: float | None = None,
+    ) -> None:
+        self._attempt = attempt
+        self._settings = settings
+        self._stopping = stopping
+        self._command = list(command)
+        self._time_limit = time_limit_seconds
+        self._order = Order.NONE
+        self._deadline: float | None = None
+        self._asked = False
+
+    def run(self, job_file: Path) -> Outcome | None:
+        """Run the child on ``job_file``; what the job became, or None if it is another attempt's by now."""
+        adopt_orphans()
+        kills_before = memory_kills()
+        with Recorder(self._attempt.apply) as recorder:
+            with Heart(self._attempt, self._settings, recorder.permit) as heart:
+                child = self._start(job_file, recorder.path)
+                root = psutil.Process(child.pid)
+                job_log = JobLog(child.stdout.fileno(), self._attempt.append_log)
+                try:
+                    self._watch(child, recorder, heart)
+                finally:
+                    self._end(child, root)
+                    recorder.drain(self._settings.lease_seconds)
+                    job_log.close(self._settings.lease_seconds)
+                    child.stdout.close()
+            self._look(recorder, heart)
+        if self._order is Order.LOST:
+            return None
+        outcome = classify(
+            self._order,
+            recorder.ended,
+            child.returncode,
+            out_of_memory=memory_kills() > kills_before,
+            detail=recorder.refused or f"{self._time_limit or 0:g}",
+        )
+        return outcome if self._attempt.finish(outcome, log_tail=job_log.tail) else None
+
+    def _start(self, job_file: Path, socket_path: Path) -> subprocess.Popen:
+        environment = os.environ | {
+            ATTEMPT_VARIABLE: self._attempt.mark,
+            "ERPO_RECORD_SOCKET": str(socket_path),
+            "ERPO_SUPERVISOR_PID": str(os.getpid()),
+            "PYTHONUNBUFFERED": "1",
+        }
+        return subprocess.Popen(
+            [*self._command, str(job_file)],
+            cwd=job_file.parent,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+
+    def _watch(self, child: subprocess.Popen, recorder: Recorder, heart: Heart) -> None:
+        """Until the child has ended by itself, or its time to leave is over."""
+        started = time.monotonic()
+        while child.poll() is None:
+            self._look(recorder, heart)
+            if self._time_limit is not None and time.monotonic() - started > self._time_limit:
+                self._give(Order.TIMEOUT)
+            if self._deadline is not None:
+                self._ask_to_leave(child)
+                if time.monotonic() > self._deadline:
+                    return
+            time.sleep(_LOOK_SECONDS)
+
+    def _look(self, recorder: Recorder, heart: Heart) -> None:
+        if heart.lost or recorder.fenced:
+            self._give(Order.LOST)
+        if recorder.refused is not None:
+            self._give(Order.REFUSED)
+        if self._stopping.is_set():
+            self._give(Order.LEAVE)
+        if heart.wanted in _WANTED:
+            self._give(_WANTED[heart.wanted])
+
+    def _give(self, order: Order) -> None:
+        """Follow a stronger order; no order ever gives more time than an earlier one has left."""
+        if order <= self._order:
+            return
+        log.info("%s: %s", self._attempt.mark, order.name.lower())
+        self._order = order
+        deadline = time.monotonic() + self._patience(order)
+        self._deadline = deadline if self._deadline is None else min(self._deadline, deadline)
+
+    def _patience(self, order: Order) -> float:
+        if order in (Order.LOST, Order.REFUSED):
+            return 0.0
+        if order is Order.CANCEL_NOW:
+            return _NOW_SECONDS
+        return self._settings.shutdown_seconds if order is Order.LEAVE else self._settings.grace_seconds
+
+    def _ask_to_leave(self, child: subprocess.Popen) -> None:
+        """SIGTERM to the group, once."""
+        if self._asked:
+            return
+        self._asked = True
+        try:
+            os.killpg(child.pid, signal.SIGTERM)
+        except ProcessLookupError:
+            return
+
+    def _end(self, child: subprocess.Popen, root: psutil.Process) -> None:
+        """Kill what is left of the attempt and collect the child."""
+        while not kill_attempt(self._attempt.mark, root=root):
+            log.error("%s: processes that cannot be killed; waiting for them", self._attempt.mark)
+        child.wait()
+
+
+def write_job_file(inputs: JobInputs, kind: str, spec: dict) -> Path:
+    """The file that a child reads, in the attempt's own folder."""
+    inputs.work_dir.mkdir(parents=True, exist_ok=True)
+    path = inputs.work_dir / "job.json"
+    path.write_text(json.dumps({"kind": kind, "spec": spec, "inputs": inputs.to_json()}))
+    return path
