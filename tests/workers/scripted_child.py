@@ -1,0 +1,107 @@
+"""A child that does what its job's ``spec["script"]`` says, through the real channel: for tests of everything around it.
+
+Steps: ``["metrics", first, last]``, ``["checkpoint", step]``, ``["print", text]``, ``["flood", bytes]``,
+``["sleep", seconds]``, ``["wait_stop"]`` (until SIGTERM, then a checkpoint of step 90), ``["hang"]`` (deaf to SIGTERM),
+``["spawn"]`` (a grandchild in a session of its own), ``["kill", signal]``, ``["exit", code]``, ``["fail", code, text]``,
+``["memory"]`` (raises MemoryError), ``["once", marker, steps]`` (only if the file ``marker`` is not there yet).
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from erpo_core.errors import RunError
+from erpo_core.job import JobInputs
+from erpo_core.records import Checkpoint, Ended, Metrics
+from workers.child.__main__ import die_with_supervisor, failure_code, failure_message
+from workers.child.channel import Channel
+from workers.child.stop import StopFlag
+
+
+class Script:
+    def __init__(self, channel: Channel, inputs: JobInputs, stop: StopFlag) -> None:
+        self.channel, self.inputs, self.stop = channel, inputs, stop
+
+    def run(self, steps: list) -> Ended:
+        for name, *arguments in steps:
+            getattr(self, name)(*arguments)
+            if self.stop.requested:
+                return Ended("stopped")
+        return Ended("succeeded")
+
+    def metrics(self, first: int, last: int) -> None:
+        for step in range(first, last + 1):
+            self.channel.emit(Metrics(step, {"reward": step / 10}))
+
+    def checkpoint(self, step: int) -> None:
+        folder = self.inputs.work_dir / f"step-{step}"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "weights.txt").write_text(str(step))
+        self.channel.emit(Checkpoint(step, str(folder), [{"name": "weights.txt", "bytes": 2, "sha256": "0" * 64}]))
+
+    def print(self, text: str) -> None:
+        print(text, flush=True)
+
+    def flood(self, size: int) -> None:
+        line = b"x" * 1023 + b"\n"
+        for _ in range(size // 1024):
+            os.write(1, line)
+
+    def sleep(self, seconds: float) -> None:
+        time.sleep(seconds)
+
+    def wait_stop(self) -> None:
+        while not self.stop.requested:
+            time.sleep(0.01)
+        self.checkpoint(90)
+
+    def hang(self) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        while True:
+            time.sleep(1)
+
+    def spawn(self) -> None:
+        code = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
+        subprocess.Popen([sys.executable, "-c", code], start_new_session=True)
+
+    def kill(self, number: int) -> None:
+        time.sleep(0.3)
+        os.kill(os.getpid(), number)
+        time.sleep(60)
+
+    def exit(self, code: int) -> None:
+        time.sleep(0.3)
+        os._exit(code)
+
+    def fail(self, code: str, text: str) -> None:
+        raise RunError(text, code=code)
+
+    def memory(self) -> None:
+        raise MemoryError("no room for 8 EiB")
+
+    def once(self, marker: str, steps: list) -> None:
+        if not Path(marker).exists():
+            Path(marker).touch()
+            self.run(steps)
+
+
+def main(path: str) -> None:
+    die_with_supervisor()
+    job = json.loads(Path(path).read_text())
+    stop = StopFlag()
+    stop.listen()
+    channel = Channel(os.environ["ERPO_RECORD_SOCKET"])
+    try:
+        ended = Script(channel, JobInputs.from_json(job["inputs"]), stop).run(job["spec"]["script"])
+    except Exception as error:
+        ended = Ended("failed", failure_code(error), failure_message(error))
+    channel.emit(ended)
+    channel.close()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
