@@ -1,0 +1,1 @@
+"""What the command line draws: token heat maps, curves, tables and progress."""

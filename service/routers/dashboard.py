@@ -1,0 +1,86 @@
+"""The pages. They hold no data: each is a frame whose script reads the JSON API, so that both tell the same.
+
+A page shares its address with a JSON document (``/runs/{id}``). Its route exists only for requests whose Accept names
+``text/html``; all others fall through to the API's route of the same path.
+"""
+
+from pathlib import Path
+from typing import Annotated
+
+from fastapi import APIRouter, FastAPI, Request, Response
+from fastapi import Path as PathParameter
+from fastapi.responses import HTMLResponse
+from fastapi.routing import APIRoute
+from fastapi.staticfiles import StaticFiles
+from jinja2 import Environment, FileSystemLoader, select_autoescape
+from starlette.routing import Match
+
+from service.negotiation import wants_html
+
+_HOME = Path(__file__).parent.parent / "dashboard"
+_HEADERS = {
+    "Content-Security-Policy": (
+        "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
+        "font-src 'self'; base-uri 'none'; form-action 'self'; frame-ancestors 'none'"
+    ),
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-cache",
+    "Vary": "Accept",
+}
+_templates = Environment(loader=FileSystemLoader(_HOME / "templates"), autoescape=select_autoescape())
+
+
+class PageRoute(APIRoute):
+    """A route that matches browsers only."""
+
+    def matches(self, scope):
+        if scope["type"] == "http" and not wants_html(Request(scope)):
+            return Match.NONE, {}
+        return super().matches(scope)
+
+
+router = APIRouter(route_class=PageRoute, include_in_schema=False, default_response_class=HTMLResponse)
+RunId = Annotated[str, PathParameter(pattern=r"^[a-z]+_[0-9a-f]{32}$")]
+
+
+def add_dashboard(app: FastAPI) -> None:
+    """Put the pages and their files into the application. To be called before the API's routers are included."""
+    app.mount("/static", StaticFiles(directory=_HOME / "static"), name="static")
+    app.include_router(router)
+
+
+@router.get("/")
+def home() -> Response:
+    """Jobs and runs, live."""
+    return _page("home.html", title="Jobs", module="home.js")
+
+
+@router.get("/runs/{run_id}")
+def run(run_id: RunId) -> Response:
+    """One run: progress, curves, configuration, answers, checkpoints, events."""
+    return _page("run.html", title="Run", module="run.js", run_id=run_id)
+
+
+@router.get("/evaluations/{run_id}")
+def evaluation(run_id: RunId) -> Response:
+    """An evaluation is shown as a run."""
+    return _page("run.html", title="Evaluation", module="run.js", run_id=run_id)
+
+
+@router.get("/analyze/entropy/{run_id}")
+def entropy(run_id: RunId) -> Response:
+    """The answers of an analysis, coloured by token."""
+    return _page("tokens.html", title="Entropy", module="tokens.js", run_id=run_id, source="analysis")
+
+
+@router.get("/runs/{run_id}/traces/{number}")
+def trace(run_id: RunId, number: int) -> Response:
+    """The credit microscope: one traced answer of a training step."""
+    return _page(
+        "tokens.html", title="Credit microscope", module="tokens.js", run_id=run_id, source="run", number=number
+    )
+
+
+def _page(template: str, **values: object) -> Response:
+    return HTMLResponse(_templates.get_template(template).render(values), headers=_HEADERS)
