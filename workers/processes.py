@@ -50,7 +50,6 @@ def kill_attempt(mark: str, *, root: psutil.Process | None = None, seconds: floa
     while living := attempt_processes(mark, root=root):
         for process in living:
             signal_process(process, signal.SIGKILL)
-        reap(living)
         if time.monotonic() > end:
             return False
         time.sleep(0.02)
@@ -65,12 +64,14 @@ def signal_process(process: psutil.Process, number: int) -> None:
         return
 
 
-def reap(processes: list[psutil.Process]) -> None:
-    """Collect adopted orphans that have ended, so that they do not stay behind as zombies."""
-    me = os.getpid()
-    for process in processes:
+def reap_orphans(since: float) -> None:
+    """Collect adopted processes that have ended, so that they do not stay behind as zombies.
+
+    ``since`` (seconds since the epoch) spares the children of others in this process.
+    """
+    for process in psutil.Process().children():
         try:
-            if process.ppid() == me:
+            if process.status() == psutil.STATUS_ZOMBIE and process.create_time() >= since:
                 os.waitpid(process.pid, os.WNOHANG)
         except (psutil.Error, ChildProcessError):
             continue

@@ -22,7 +22,7 @@ from workers.claims import Attempt
 from workers.heart import Heart
 from workers.joblog import JobLog
 from workers.outcome import Order, Outcome, classify, memory_kills
-from workers.processes import ATTEMPT_VARIABLE, adopt_orphans, kill_attempt
+from workers.processes import ATTEMPT_VARIABLE, adopt_orphans, kill_attempt, reap_orphans
 from workers.recorder import Recorder
 
 log = logging.getLogger(__name__)
@@ -53,6 +53,7 @@ class Supervisor:
         self._order = Order.NONE
         self._deadline: float | None = None
         self._asked = False
+        self._started_at = 0.0
 
     def run(self, job_file: Path) -> Outcome | None:
         """Run the child on ``job_file``; what the job became, or None if it is another attempt's by now."""
@@ -62,6 +63,7 @@ class Supervisor:
             with Heart(self._attempt, self._settings, recorder.permit) as heart:
                 child = self._start(job_file, recorder.path)
                 root = psutil.Process(child.pid)
+                self._started_at = root.create_time()
                 job_log = JobLog(child.stdout.fileno(), self._attempt.append_log)
                 try:
                     self._watch(child, recorder, heart)
@@ -153,6 +155,7 @@ class Supervisor:
         while not kill_attempt(self._attempt.mark, root=root):
             log.error("%s: processes that cannot be killed; waiting for them", self._attempt.mark)
         child.wait()
+        reap_orphans(self._started_at)
 
 
 def write_job_file(inputs: JobInputs, kind: str, spec: dict) -> Path:

@@ -1,8 +1,9 @@
-"""A child that does what its job's ``spec["script"]`` says, through the real channel: for tests of everything around it.
+"""A child that does what its job's ``spec["script"]`` says, through the real channel: to test everything around it.
 
 Steps: ``["metrics", first, last]``, ``["checkpoint", step]``, ``["print", text]``, ``["flood", bytes]``,
-``["sleep", seconds]``, ``["wait_stop"]`` (until SIGTERM, then a checkpoint of step 90), ``["hang"]`` (deaf to SIGTERM),
-``["spawn"]`` (a grandchild in a session of its own), ``["kill", signal]``, ``["exit", code]``, ``["fail", code, text]``,
+``["sleep", seconds]``, ``["wait_stop"]`` (until SIGTERM, then a checkpoint of step 90), ``["hang"]`` (deaf to it),
+``["spawn"]`` (a grandchild in a session of its own), ``["kill", signal]``, ``["exit", code]``,
+``["fail", code, text]``,
 ``["memory"]`` (raises MemoryError), ``["once", marker, steps]`` (only if the file ``marker`` is not there yet).
 """
 
@@ -17,8 +18,9 @@ from pathlib import Path
 from erpo_core.errors import RunError
 from erpo_core.job import JobInputs
 from erpo_core.records import Checkpoint, Ended, Metrics
-from workers.child.__main__ import die_with_supervisor, failure_code, failure_message
+from workers.child.__main__ import failure_code, failure_message
 from workers.child.channel import Channel
+from workers.child.guard import settle_in
 from workers.child.stop import StopFlag
 
 
@@ -90,7 +92,7 @@ class Script:
 
 
 def main(path: str) -> None:
-    die_with_supervisor()
+    settle_in()
     job = json.loads(Path(path).read_text())
     stop = StopFlag()
     stop.listen()

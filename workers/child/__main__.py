@@ -17,17 +17,16 @@ from erpo_core.errors import ErpoError
 from erpo_core.job import JobInputs
 from erpo_core.records import Ended
 from workers.child.channel import Channel
+from workers.child.guard import settle_in
 from workers.child.stop import StopFlag
-from workers.processes import die_with_parent
 
 KINDS = ("train", "evaluate", "entropy")
-SUPERVISOR_VARIABLE = "ERPO_SUPERVISOR_PID"
 _MEMORY_TEXTS = ("out of memory", "can't allocate memory", "cannot allocate memory", "not enough memory")
 
 
 def main(path: str) -> int:
     """Run the job that a file describes."""
-    die_with_supervisor()
+    settle_in()
     job = json.loads(Path(path).read_text())
     stop = StopFlag()
     stop.listen()
@@ -71,14 +70,6 @@ def set_threads() -> None:
     """As many threads as this process may use, unless the environment says otherwise; before torch is imported."""
     os.environ.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-
-
-def die_with_supervisor() -> None:
-    """Be killed with the supervisor; also if it died before this line."""
-    die_with_parent()
-    expected = os.environ.get(SUPERVISOR_VARIABLE)
-    if expected and os.getppid() != int(expected):
-        sys.exit("erpo: the supervisor is gone")
 
 
 def failure_code(error: BaseException) -> str:
