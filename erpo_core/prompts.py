@@ -1,0 +1,45 @@
+"""How a problem becomes a prompt, and where an answer ends."""
+
+from erpo_core.specs.common import PromptSpec
+
+BOXED_INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
+_QWEN_SYSTEM = "You are a helpful assistant."
+
+
+def prompt_messages(problem: str, spec: PromptSpec) -> list[dict[str, str]]:
+    """The chat turns before the answer: system, worked examples, the problem."""
+    boxed = spec.template == "qwen-boxed"
+    system = spec.system_prompt or (_QWEN_SYSTEM if boxed else None)
+    instruction = spec.instruction or (BOXED_INSTRUCTION if boxed else None)
+    messages = [{"role": "system", "content": system}] if system else []
+    for example in spec.worked_examples:
+        messages.append({"role": "user", "content": _with(example.problem, instruction)})
+        messages.append({"role": "assistant", "content": example.solution})
+    return [*messages, {"role": "user", "content": _with(problem, instruction)}]
+
+
+def prompt_text(tokenizer, problem: str, spec: PromptSpec) -> str:
+    """The prompt as text, special tokens included."""
+    messages = prompt_messages(problem, spec)
+    if spec.template == "raw" or tokenizer.chat_template is None:
+        return "\n\n".join(message["content"] for message in messages) + "\n"
+    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
+
+def prompt_ids(tokenizer, problem: str, spec: PromptSpec) -> list[int]:
+    """The prompt as token ids; the template brings the special tokens, so none are added."""
+    return tokenizer(prompt_text(tokenizer, problem, spec), add_special_tokens=False)["input_ids"]
+
+
+def stop_token_ids(tokenizer) -> list[int]:
+    """Tokens that end an answer: a base model's own end of text and the chat template's end of turn."""
+    ends = {tokenizer.eos_token_id}
+    for name in ("<|im_end|>", "<|endoftext|>"):
+        token = tokenizer.convert_tokens_to_ids(name)
+        if isinstance(token, int) and token >= 0 and token != tokenizer.unk_token_id:
+            ends.add(token)
+    return sorted(end for end in ends if end is not None)
+
+
+def _with(problem: str, instruction: str | None) -> str:
+    return f"{problem}\n{instruction}" if instruction else problem
