@@ -1,4 +1,4 @@
-"""The yellow-to-red scale of entropy, and text on it that can be read. The page's ``colour.js`` draws the same scale."""
+"""The yellow-to-red scale of entropy, and text on it that can be read. ``colour.js`` draws the same in the page."""
 
 YL_OR_RD = ("#ffffcc", "#ffeda0", "#fed976", "#feb24c", "#fd8d3c", "#fc4e2a", "#e31a1c", "#bd0026", "#800026")
 """ColorBrewer's YlOrRd with nine classes: lightness falls all along, so that it also reads in grey."""

@@ -1,5 +1,6 @@
 """Curves in the terminal, out of braille dots: two columns and four rows of dots in each character."""
 
+import itertools
 from collections.abc import Sequence
 
 from rich.text import Text
@@ -60,7 +61,7 @@ def _raster(points, low: float, high: float, width: int, height: int) -> list[st
 def _joined(placed: list[tuple[int, int]]):
     """Every dot on the straight lines between neighbouring points."""
     yield placed[0]
-    for (x0, y0), (x1, y1) in zip(placed, placed[1:], strict=False):
+    for (x0, y0), (x1, y1) in itertools.pairwise(placed):
         length = max(abs(x1 - x0), abs(y1 - y0), 1)
         for i in range(1, length + 1):
             yield round(x0 + (x1 - x0) * i / length), round(y0 + (y1 - y0) * i / length)
