@@ -86,7 +86,7 @@ export class LineChart {
 
   axes(width, height, low, high, first, last) {
     for (const t of ticks(low, high, 3)) {
-      svg("line", { class: "rule", x1: MARGIN.left, x2: width - MARGIN.right, y1: this.y(t), y2: this.y(t) }, this.svg);
+      svg("line", { class: t === 0 && low < 0 ? "zero" : "rule", x1: MARGIN.left, x2: width - MARGIN.right, y1: this.y(t), y2: this.y(t) }, this.svg);
       svg("text", { class: "tick", x: MARGIN.left - 6, y: this.y(t) + 3.5, "text-anchor": "end" }, this.svg).textContent = number(t, 2);
     }
     const labels = ticks(first, last, Math.min(6, width / 80)).filter(Number.isInteger);

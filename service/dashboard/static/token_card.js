@@ -4,7 +4,8 @@ import { el, number, percent, visible } from "./dom.js";
 
 const quoted = (text) => (text === "" ? "∅" : `“${visible(text).replace(/ /g, "␣").replace(/\n/g, "↵")}”`);
 
-export function showCard(card, data, position) {
+// `scale` is the run's progress_scale: progress is scale × (log p − reference log p).
+export function showCard(card, data, position, scale = 1) {
   const index = position;
   const pivot = data.pivots.find((p) => p.position === position + (data.start || 0));
   const channels = data.channels;
@@ -15,12 +16,12 @@ export function showCard(card, data, position) {
     rows.splice(2, 0, el("div", {}, el("dt", {}, "Probability"), el("dd", { class: "mono" }, p === null ? "–" : percent(Math.exp(p)))));
     if (channels.progress) {
       const s = channels.progress[index];
-      if (p !== null && s !== null) rows.splice(3, 0, el("div", {}, el("dt", { title: "log p − progress / progress_scale, at scale 1" }, "Reference log-prob"), el("dd", { class: "mono" }, number(p - s), el("span", { class: "muted" }, " nats"))));
+      if (p !== null && s !== null) rows.splice(3, 0, el("div", {}, el("dt", { title: "log p − progress / progress_scale" }, "Reference log-prob"), el("dd", { class: "mono" }, number(p - s / scale), el("span", { class: "muted" }, " nats"))));
     }
   }
   card.replaceChildren(
     el("h2", { class: "card-token mono" }, quoted(data.tokens[index])),
-    el("p", { class: "muted small" }, `token ${position + (data.start || 0)} of ${data.tokens.length}  ·  id ${data.token_ids?.[index] ?? "–"}`, pivot ? el("span", { class: "tag hot" }, "▲ pivot") : null),
+    el("p", { class: "muted small" }, `position ${position + (data.start || 0)} of 0–${data.tokens.length - 1}  ·  id ${data.token_ids?.[index] ?? "–"}`, pivot ? el("span", { class: "tag hot" }, "▲ pivot") : null),
     el("dl", { class: "values" }, rows),
     alternatives(pivot, data, index));
 }

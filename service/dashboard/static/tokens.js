@@ -21,7 +21,7 @@ const curve = new LineChart(byId("curve"), {
 });
 
 function pointed(position) {
-  showCard(byId("card"), state.data, position);
+  showCard(byId("card"), state.data, position, state.scale);
   curve.point(position);
 }
 
@@ -46,7 +46,7 @@ function showList() {
     const meter = el("span", { class: "pick-meter", title: `mean entropy ${number(sequence.stats?.h_mean)} nats` });
     meter.style.setProperty("--share", `${(100 * (sequence.stats?.h_mean ?? 0)) / top}%`);
     const facts = [analysis ? `#${sequence.n}` : `step ${sequence.step}`, `${sequence.num_tokens} tokens`, `H ${number(sequence.stats?.h_mean, 2)}`];
-    if (sequence.reward !== null && sequence.reward !== undefined) facts.push(`reward ${number(sequence.reward)}`);
+    if (sequence.reward !== null && sequence.reward !== undefined) facts.push(`r ${number(sequence.reward)}`);
     return el("li", {}, el("button", { type: "button", class: "pick", "aria-current": sequence.n === state.n ? "true" : null, onclick: () => choose(sequence.n) },
       el("span", { class: "pick-text" }, clip(visible(sequence.completion || "(empty)"), 90)),
       el("span", { class: "muted small mono" }, facts.join("  ")), meter));
@@ -131,6 +131,7 @@ async function showRun() {
   byId("name").textContent = job?.name || (analysis ? "Entropy analysis" : "Credit microscope");
   byId("crumb").textContent = shortId(runId);
   if (job) byId("status").replaceChildren(pill(job.status, job.stalled));
+  state.scale = answer.spec?.progress_scale ?? 1;
   const spec = answer.spec || {}, detector = spec.detector;
   byId("facts").textContent = [modelName(spec.model), spec.dataset, spec.temperature && `temperature ${spec.temperature}`,
     detector && `pivots: ${detector.kind}${detector.kind === "quantile" ? ` ${100 * detector.fraction}%` : ""} per ${detector.scope}`].filter(Boolean).join("  ·  ");
@@ -166,7 +167,7 @@ async function start() {
     await loadList();
     if (!state.sequences.length) {
       byId("tokens").replaceChildren(el("p", { class: "empty" }, job?.is_terminal ? "Nothing was recorded." : "Not analysed yet: this page looks again by itself."));
-      if (!job?.is_terminal) setTimeout(start_again, 1500);
+      if (!job?.is_terminal) setTimeout(() => location.reload(), 1500);
       return;
     }
     const n = Number(wanted.get("n") ?? (givenNumber || state.sequences[0].n));
@@ -177,5 +178,4 @@ async function start() {
   }
 }
 
-const start_again = () => location.reload();
 start();
