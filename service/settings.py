@@ -35,6 +35,7 @@ class Settings(BaseSettings):
     sweep_seconds: float = Field(30, gt=0, description="How often each worker looks at the queue without being rung.")
     grace_seconds: float = Field(60, gt=0, description="From SIGTERM to SIGKILL of a child.")
     shutdown_seconds: float = Field(60, gt=0, description="The same when the worker itself is asked to leave.")
+    child_command: tuple[str, ...] = Field((), description="What runs a job, if not `python -m workers.child` (JSON).")
     log_bytes_per_job: int = Field(16 * 2**20, ge=1024)
 
     @model_validator(mode="after")

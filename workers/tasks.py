@@ -20,11 +20,10 @@ log = logging.getLogger(__name__)
 class Desk:
     """Works off the queue, one job at a time: bells wait for their turn, the poll only looks if nobody works."""
 
-    def __init__(self, settings: Settings, worker_id: str, stopping: threading.Event, *, command=CHILD_COMMAND) -> None:
+    def __init__(self, settings: Settings, worker_id: str, stopping: threading.Event) -> None:
         self._settings = settings
         self._worker_id = worker_id
         self._stopping = stopping
-        self._command = command
         self._database = Database(settings.database_url)
         self._busy = threading.Lock()
 
@@ -92,7 +91,7 @@ class Desk:
             attempt,
             self._settings,
             self._stopping,
-            command=self._command,
+            command=self._settings.child_command or CHILD_COMMAND,
             time_limit_seconds=claim.time_limit_seconds,
         )
         return supervisor.run(job_file)

@@ -73,7 +73,7 @@ class Script:
     def kill(self, number: int) -> None:
         time.sleep(0.3)
         os.kill(os.getpid(), number)
-        time.sleep(60)
+        time.sleep(1)
 
     def exit(self, code: int) -> None:
         time.sleep(0.3)
