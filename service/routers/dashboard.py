@@ -18,16 +18,8 @@ from starlette.routing import Match
 from service.negotiation import wants_html
 
 _HOME = Path(__file__).parent.parent / "dashboard"
-_HEADERS = {
-    "Content-Security-Policy": (
-        "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
-        "font-src 'self'; base-uri 'none'; form-action 'self'; frame-ancestors 'none'"
-    ),
-    "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "no-referrer",
-    "Cache-Control": "no-cache",
-    "Vary": "Accept",
-}
+# The security headers, CSP among them, are put on every answer by :mod:`service.guard`.
+_HEADERS = {"Cache-Control": "no-cache", "Vary": "Accept"}
 _templates = Environment(loader=FileSystemLoader(_HOME / "templates"), autoescape=select_autoescape())
 
 

@@ -16,6 +16,7 @@ async function call(path, options) {
     throw new ApiError(0, { title: "The service cannot be reached" });
   }
   const body = await response.json().catch(() => ({}));
+  if (response.status === 401) askForKey();
   if (!response.ok) throw new ApiError(response.status, body);
   return body;
 }
@@ -52,4 +53,21 @@ export function showNotice(message) {
   const box = document.getElementById("notice");
   box.textContent = message || "";
   box.hidden = !message;
+}
+
+// A service with keys: the key becomes a cookie (POST /session) that scripts cannot read.
+function askForKey() {
+  const form = document.getElementById("sign-in");
+  if (!form.hidden) return;
+  form.hidden = false;
+  form.elements.key.focus();
+  form.addEventListener("submit", async (event) => {
+    event.preventDefault();
+    try {
+      await postJson("/session", { key: form.elements.key.value });
+      location.reload();
+    } catch (error) {
+      showNotice(error.message);
+    }
+  });
 }
