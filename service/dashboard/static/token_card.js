@@ -2,7 +2,7 @@
 import { CHANNELS } from "./colour.js";
 import { el, number, percent, visible } from "./dom.js";
 
-const quoted = (text) => (text === "" ? "∅" : `“${visible(text).replace(/ /g, "␣").replace(/\n/g, "↵")}”`);
+const quoted = (text) => (text === "" ? "" : `“${visible(text).replace(/ /g, "␣").replace(/\n/g, "↵")}”`);
 
 // `scale` is the run's progress_scale: progress is scale × (log p − reference log p).
 export function showCard(card, data, position, scale = 1) {
@@ -20,10 +20,17 @@ export function showCard(card, data, position, scale = 1) {
     }
   }
   card.replaceChildren(
-    el("h2", { class: "card-token mono" }, quoted(data.tokens[index])),
+    el("h2", { class: "card-token mono" }, quoted(shownText(data.tokens, index)), data.tokens[index] === "" ? el("span", { class: "tag" }, "a part of it") : null),
     el("p", { class: "muted small" }, `position ${position + (data.start || 0)} of 0–${data.tokens.length - 1}  ·  id ${data.token_ids?.[index] ?? "–"}`, pivot ? el("span", { class: "tag hot" }, "▲ pivot") : null),
     el("dl", { class: "values" }, rows),
     alternatives(pivot, data, index));
+}
+
+// A token without text of its own is a part of the character before it.
+function shownText(tokens, index) {
+  let at = index;
+  while (at > 0 && tokens[at] === "") at -= 1;
+  return tokens[at];
 }
 
 function alternatives(pivot, data, index) {
@@ -35,6 +42,6 @@ function alternatives(pivot, data, index) {
     const bar = el("span", { class: "alt-bar" });
     bar.style.width = `${(100 * share).toFixed(1)}%`;
     return el("li", { class: other.token_id === written ? "is-written" : null },
-      el("span", { class: "mono alt-token" }, quoted(other.token)), el("span", { class: "alt-track" }, bar), el("span", { class: "mono num" }, percent(share)));
+      el("span", { class: "mono alt-token" }, quoted(other.token) || "(part of a character)"), el("span", { class: "alt-track" }, bar), el("span", { class: "mono num" }, percent(share)));
   })));
 }

@@ -149,7 +149,7 @@ function wire() {
   byId("domain").addEventListener("change", () => { state.tops[state.channel] = Number(byId("domain").value); recolour(); });
   byId("more").addEventListener("click", () => loadList(false));
   document.addEventListener("keydown", (event) => {
-    if (event.ctrlKey || event.metaKey || event.altKey || event.target.matches("input, select, textarea") || !state.data) return;
+    if (event.ctrlKey || event.metaKey || event.altKey || event.target.matches?.("input, select, textarea") || !state.data) return;
     if (event.key === "[") step(-1);
     else if (event.key === "]") step(1);
     else if (!view.key(event.key, event.target)) return;
