@@ -30,8 +30,7 @@ export class Charts {
   label() { byId("smoothing-value").textContent = this.weight ? this.weight.toFixed(2) : "off"; }
 
   async refresh() {
-    // The API's `smoothing` is the weight of the new value; the slider is the weight of the past.
-    const values = { max_points: 1000, smoothing: this.weight ? (1 - this.weight).toFixed(2) : undefined };
+    const values = { max_points: 1000, smoothing: this.weight || undefined };
     const answer = await getJson(`/runs/${this.runId}/metrics${query(values)}`);
     const names = Object.keys(answer.series || {}).filter((name) => answer.series[name].step.length);
     byId("charts-section").hidden = !names.length;
