@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console
+from rich.table import Table
 
 from erpo_core.data.worked_examples import ARITHMETIC
 from service.cli.terminal.colours import nice_domain
@@ -157,11 +158,7 @@ def answers_to_analyse(client: ErpoClient, evaluation: str, count: int = 6) -> l
 def show(client: ErpoClient, console: Console, runs: DemoRuns) -> None:
     """What came out: curves, table, coloured answer, addresses."""
     console.rule("[bold]What came out", align="left")
-    series = client.runs.metrics(runs.training, names=["reward", "entropy"])["series"]
-    for name, title, style in (("reward", "reward", "green"), ("entropy", "entropy, nats", "red")):
-        one = series.get(name, {"step": [], "value": []})
-        console.print(curve(one["step"], one["value"], title=title, style=style), end="\n\n")
-
+    show_curves(client, console, runs.training)
     base, trained = (client.evaluations.get(run)["result"] or {} for run in (runs.base, runs.trained))
     console.print(comparison(base, trained))
     console.print(wording(base, trained), end="\n\n")
@@ -169,19 +166,35 @@ def show(client: ErpoClient, console: Console, runs: DemoRuns) -> None:
     show_addresses(client, console, runs)
 
 
-def show_answer(client: ErpoClient, console: Console, analysis: str) -> None:
-    """The analysed answer that hesitates most, coloured by token entropy."""
+def show_curves(client: ErpoClient, console: Console, training: str) -> None:
+    """Reward and entropy over the training, side by side where there is room."""
+    series = client.runs.metrics(training, names=["reward", "entropy"])["series"]
+    grid = Table.grid(padding=(0, 3))
+    drawn = []
+    for name, title, style in (("reward", "reward", "green"), ("entropy", "entropy, nats", "red")):
+        one = series.get(name, {"step": [], "value": []})
+        drawn.append(curve(one["step"], one["value"], title=title, style=style, width=36, height=6))
+    if console.width >= 95:
+        grid.add_row(*drawn)
+        console.print(grid)
+    else:
+        console.print(*drawn, sep="\n\n")
+    console.print()
+
+
+def show_answer(client: ErpoClient, console: Console, analysis: str, count: int = 3) -> None:
+    """The analysed answers that hesitate most, coloured by token entropy on one scale."""
     sequences = client.entropy.sequences(analysis)["data"]
     if not sequences:
         console.print("No answer was analysed.")
         return
-    chosen = max(sequences, key=lambda sequence: (sequence.get("stats") or {}).get("h_max") or 0.0)
-    body = client.entropy.tokens(analysis, chosen["n"], channels=["entropy"])
-    entropies = body["channels"]["entropy"]
-    high = nice_domain([h for h in entropies if h is not None])
-    pivots = [pivot["position"] for pivot in body["pivots"]]
-    console.print("[bold]An answer of the trained model, coloured by token entropy[/]")
-    console.print(token_text(body["tokens"], entropies, pivots, high=high))
+    sequences.sort(key=lambda sequence: (sequence.get("stats") or {}).get("h_max") or 0.0, reverse=True)
+    bodies = [client.entropy.tokens(analysis, one["n"], channels=["entropy"]) for one in sequences[:count]]
+    high = nice_domain([h for body in bodies for h in body["channels"]["entropy"] if h is not None])
+    console.print("[bold]Answers of the trained model, coloured by token entropy[/]")
+    for body in bodies:
+        pivots = [pivot["position"] for pivot in body["pivots"]]
+        console.print(token_text(body["tokens"], body["channels"]["entropy"], pivots, high=high))
     console.print(legend(high), end="\n\n")
 
 
