@@ -194,7 +194,7 @@ def show_answer(client: ErpoClient, console: Console, analysis: str, count: int 
     console.print("[bold]Answers of the trained model, coloured by token entropy[/]")
     for body in bodies:
         pivots = [pivot["position"] for pivot in body["pivots"]]
-        console.print(token_text(body["tokens"], body["channels"]["entropy"], pivots, high=high))
+        console.print(token_text(body["tokens"], body["channels"]["entropy"], pivots, high=high), end="\n\n")
     console.print(legend(high), end="\n\n")
 
 
