@@ -1,0 +1,188 @@
+"""A data set's name becomes problems.
+
+    reasoning-gym:<task>?size=N&seed=S&...   procedural, made on the spot
+    data:<file>.jsonl                        a file in the data root
+    ds_<32 hex digits>                       an uploaded file
+    organisation/name[@revision][?config=...&split=...]   a data set of the hub
+
+Importing this module pulls in nothing heavy: the API checks a name with it before anything is queued.
+"""
+
+import json
+import random
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qsl
+
+from erpo_core.data.formats import Problem, read_jsonl, to_problem
+from erpo_core.data.reasoning_tasks import check_task, load_task
+from erpo_core.errors import DatasetError, RunError, SpecError, UnknownReferenceError
+
+_UPLOAD = re.compile(r"ds_[0-9a-f]{32}")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w.-]+)?")
+_HUB_ARGS = {"config", "split"}
+_FORMS = "`reasoning-gym:<task>?size=N&seed=S`, `data:<file>.jsonl`, an uploaded data set (`ds_...`) or a hub id"
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A data set's name taken apart. ``source``: ``task``, ``file``, ``upload``, ``hub``."""
+
+    source: str
+    name: str
+    args: dict[str, Any]
+
+
+def parse_reference(ref: str, *, pointer: str = "/dataset") -> Reference:
+    """Take a name apart; nothing is looked up.
+
+    Raises:
+        UnknownReferenceError: none of the forms.
+        SpecError: an argument that is written wrongly.
+    """
+    name, _, query = ref.partition("?")
+    if name.startswith("reasoning-gym:"):
+        return Reference("task", name.removeprefix("reasoning-gym:"), _arguments(query, pointer))
+    if ref.startswith("data:"):
+        return Reference("file", ref.removeprefix("data:"), {})
+    if _UPLOAD.fullmatch(ref):
+        return Reference("upload", ref, {})
+    if _HUB_ID.fullmatch(name):
+        args = _arguments(query, pointer, literal=False)
+        if unknown := sorted(set(args) - _HUB_ARGS):
+            raise SpecError(
+                f"a hub data set takes no argument {unknown[0]!r}", pointer=pointer, mend="it takes config, split"
+            )
+        return Reference("hub", name, args)
+    raise UnknownReferenceError(
+        f"unknown data set {ref!r}", pointer=pointer, mend=f"write {_FORMS}", code="unknown_dataset"
+    )
+
+
+def check_dataset(ref: str, data_root: Path | None, *, pointer: str = "/dataset") -> int | None:
+    """Refuse a data set that no worker could load.
+
+    Returns:
+        The number of problems, or None where only the hub knows.
+
+    Raises:
+        UnknownReferenceError: no such task, file or upload.
+        DatasetError: a broken file, with the line's number.
+        SpecError: an argument.
+    """
+    found = parse_reference(ref, pointer=pointer)
+    if found.source == "task":
+        return check_task(found.name, found.args, pointer=pointer)
+    if found.source == "hub":
+        return None
+    return len(read_jsonl(_file(found, data_root, pointer), pointer=pointer))
+
+
+def load_problems(
+    ref: str,
+    *,
+    data_root: Path | None,
+    cache_dir: Path | None = None,
+    limit: int | None = None,
+    seed: int | None = None,
+) -> list[Problem]:
+    """The problems of a data set: the first ``limit``, after shuffling by ``seed`` if one is given.
+
+    Raises:
+        UnknownReferenceError, DatasetError, SpecError: as :func:`check_dataset`.
+        RunError: ``dataset_unavailable``: the hub or a package cannot deliver it.
+    """
+    found = parse_reference(ref)
+    if found.source == "task":
+        problems = load_task(found.name, found.args)
+    elif found.source == "hub":
+        problems = _load_hub(found, cache_dir)
+    else:
+        problems = read_jsonl(_file(found, data_root, "/dataset"))
+    if seed is not None:
+        random.Random(seed).shuffle(problems)
+    return problems[:limit]
+
+
+def _arguments(query: str, pointer: str, *, literal: bool = True) -> dict[str, Any]:
+    try:
+        pairs = parse_qsl(query, keep_blank_values=True, strict_parsing=True) if query else []
+    except ValueError:
+        raise SpecError(
+            f"{query!r} is not name=value&name=value", pointer=pointer, mend="write ?size=100&seed=1"
+        ) from None
+    args = {name: _literal(value) if literal else value for name, value in pairs}
+    if len(args) < len(pairs):
+        raise SpecError(f"an argument is given twice in {query!r}", pointer=pointer, mend="give each argument once")
+    return args
+
+
+def _literal(value: str) -> Any:
+    """JSON where it is JSON (numbers, true, lists), otherwise the text itself."""
+    try:
+        return json.loads(value.lower() if value in ("True", "False") else value)
+    except (ValueError, RecursionError):
+        return value
+
+
+def _file(found: Reference, data_root: Path | None, pointer: str) -> Path:
+    if data_root is None:
+        raise UnknownReferenceError("there is no data root", pointer=pointer, mend="set ERPO_DATA_ROOT")
+    root = Path(data_root).resolve()
+    if found.source == "upload":
+        path = root / "uploads" / f"{found.name}.jsonl"
+        allowed = path.resolve().parent == root / "uploads"
+    else:
+        path = (root / found.name).resolve()
+        # Uploads have owners, and are reached by their id alone.
+        allowed = path.is_relative_to(root) and not path.is_relative_to(root / "uploads") and path.suffix == ".jsonl"
+    if not allowed or not path.is_file():
+        known = ", ".join(f"data:{name}" for name in _known_files(root)) or "none yet"
+        raise UnknownReferenceError(
+            f"there is no data set {found.name!r}" + ("" if found.source == "upload" else " in the data root"),
+            pointer=pointer,
+            mend=f"files in the data root: {known}" if found.source == "file" else "upload it first",
+            code="unknown_dataset",
+        )
+    return path
+
+
+def _known_files(root: Path, at_most: int = 20) -> list[str]:
+    return sorted(path.name for path in root.glob("*.jsonl"))[:at_most] if root.is_dir() else []
+
+
+def _load_hub(found: Reference, cache_dir: Path | None) -> list[Problem]:
+    try:
+        from datasets import load_dataset
+
+        name, _, revision = found.name.partition("@")
+        cache = str(cache_dir / "datasets") if cache_dir else None
+        split = found.args.get("split", "train")
+        rows = load_dataset(name, found.args.get("config"), split=split, revision=revision or None, cache_dir=cache)
+    except Exception as error:  # the hub's client and the readers raise dozens of unrelated types
+        raise RunError(f"the hub did not deliver {found.name!r}: {error}", code="dataset_unavailable") from error
+    problems = [hub_problem(row, f"{found.name}/{index}", f"row {index}") for index, row in enumerate(rows)]
+    if not problems:
+        raise DatasetError(f"{found.name} holds no row", pointer="/dataset", code="empty_dataset")
+    return problems
+
+
+def hub_problem(row: dict[str, Any], default_id: str, where: str) -> Problem:
+    """A hub's row under our names: ``question`` is a problem, ``#### 7`` ends a GSM8K solution, a box holds MATH's.
+
+    Raises:
+        DatasetError: no problem or no answer in it.
+    """
+    from erpo_core.rewards.answers import extract_boxed
+
+    row = {key: value for key, value in row.items() if value is not None}
+    row.setdefault("problem", row.get("question"))
+    answer = row.get("answer")
+    if isinstance(answer, str) and "####" in answer:
+        row["solution"], _, row["answer"] = (part.strip() for part in answer.rpartition("####"))
+        row["answer"] = row["answer"].replace(",", "")
+    elif answer is None and isinstance(row.get("solution"), str):
+        row["answer"] = extract_boxed(row["solution"])
+    return to_problem(row, default_id, where=where)

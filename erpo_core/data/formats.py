@@ -1,0 +1,135 @@
+"""What a usable row is. Light: the API checks an uploaded file with the same code that the worker loads it with."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from erpo_core.errors import DatasetError
+
+_ROW_MEND = 'write one JSON object a line, for example {"problem": "What is 2 + 2?", "answer": "4"}'
+MAX_LINE_CHARS = 1_000_000
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One problem. ``answer`` is what belongs inside ``\\boxed{}``: LaTeX without dollar signs."""
+
+    id: str
+    problem: str
+    answer: str
+    solution: str | None = None
+    level: str | int | None = None
+    subject: str | None = None
+
+
+def read_jsonl(path: Path, *, pointer: str = "/dataset", limit: int | None = None) -> list[Problem]:
+    """The problems of a JSON Lines file, in the file's order; every row is checked even beyond ``limit``.
+
+    Raises:
+        DatasetError: a broken line (named by its number), a problem twice, no row at all.
+    """
+    with path.open("rb") as file:
+        problems = list(parse_lines(file, path.stem, pointer=pointer))
+    if not problems:
+        raise DatasetError(f"{path.name} holds no problem", pointer=pointer, mend=_ROW_MEND, code="empty_dataset")
+    return problems[:limit]
+
+
+def parse_lines(lines: Iterable[bytes], name: str, *, pointer: str = "/dataset") -> Iterator[Problem]:
+    """Problems of JSON Lines; blank lines are skipped, ``name`` and the line's number make the default id.
+
+    Raises:
+        DatasetError: naming the line.
+    """
+    seen: dict[str, int] = {}
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        problem = _parse_line(line, f"{name}/{number}", f"line {number}", pointer)
+        if problem.id in seen:
+            first = seen[problem.id]
+            raise DatasetError(
+                f"line {number}: the id {problem.id!r} stands in line {first} already",
+                pointer=pointer,
+                mend="give every row an id of its own, or none",
+            )
+        seen[problem.id] = number
+        yield problem
+
+
+def _parse_line(line: bytes, default_id: str, where: str, pointer: str) -> Problem:
+    try:
+        text = line.decode("utf-8-sig")
+        if len(text) > MAX_LINE_CHARS:
+            raise ValueError(f"longer than {MAX_LINE_CHARS} characters")
+        row = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise DatasetError(f"{where} is not JSON: {error}", pointer=pointer, mend=_ROW_MEND) from None
+    if not isinstance(row, dict):
+        raise DatasetError(f"{where} is a JSON {type(row).__name__}, not an object", pointer=pointer, mend=_ROW_MEND)
+    return to_problem(row, default_id, where=where, pointer=pointer)
+
+
+def to_problem(row: dict[str, Any], default_id: str, *, where: str, pointer: str = "/dataset") -> Problem:
+    """A row as a problem. Keys: ``problem``, ``answer``; ``id``, ``solution``, ``level``, ``subject`` if known.
+
+    Raises:
+        DatasetError: ``problem`` or ``answer`` is absent, empty, not text (a number is fine as an answer), or the
+            answer holds nothing that could be compared.
+    """
+    problem = _text(row, "problem", where, pointer)
+    answer = clean_answer(_text(row, "answer", where, pointer, numbers=True))
+    if not is_answer(answer):
+        raise DatasetError(
+            f"{where}: the answer {answer!r} has no content to compare with",
+            pointer=pointer,
+            mend="write the final answer as it belongs inside \\boxed{}",
+        )
+    level, subject, solution = row.get("level"), row.get("subject"), row.get("solution")
+    return Problem(
+        id=str(row["id"])[:200] if row.get("id") not in (None, "") else default_id,
+        problem=problem,
+        answer=answer,
+        solution=solution if isinstance(solution, str) else None,
+        level=level if isinstance(level, int | str) else None,
+        subject=subject if isinstance(subject, str) else None,
+    )
+
+
+def _text(row: dict[str, Any], key: str, where: str, pointer: str, *, numbers: bool = False) -> str:
+    value = row.get(key)
+    if numbers and isinstance(value, int | float) and not isinstance(value, bool):
+        value = repr(value)
+    if not isinstance(value, str) or not value.strip():
+        found = "is absent" if key not in row else "is empty" if value in ("", None) else f"is {str(value)[:40]!r}"
+        raise DatasetError(f"{where}: {key!r} {found}", pointer=pointer, mend=_ROW_MEND)
+    if "\0" in value:
+        raise DatasetError(f"{where}: {key!r} holds a NUL character", pointer=pointer, mend="remove it")
+    return value
+
+
+def clean_answer(answer: str) -> str:
+    """The answer without the dollar signs that some files put around it."""
+    answer = answer.strip()
+    if len(answer) > 1 and answer.startswith("$") and answer.endswith("$"):
+        answer = answer.strip("$").strip()
+    return answer
+
+
+def is_answer(answer: str) -> bool:
+    """Has it anything but LaTeX spacing, braces and punctuation? ``\\infty`` has, ``\\, {}`` and ``?`` have not."""
+    bare = answer
+    for spacing in ("\\left", "\\right", "\\quad", "\\text", "\\boxed", "\\mathrm", "\\displaystyle"):
+        bare = bare.replace(spacing, "")
+    return any(char.isalnum() for char in bare) or bare.strip() in ("+", "-", "*", "/", "<", ">", "=")
+
+
+def problems_digest(problems: Iterable[Problem]) -> str:
+    """sha256 over the problems' content and order."""
+    digest = hashlib.sha256()
+    for problem in problems:
+        digest.update(json.dumps(asdict(problem), sort_keys=True).encode())
+    return digest.hexdigest()
