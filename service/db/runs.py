@@ -1,0 +1,76 @@
+"""Runs and what they leave: completions, checkpoints, the answers of evaluations."""
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from service.db.jobs import get_run, has_tag
+from service.db.measured import Checkpoint, Completion
+from service.db.models import Job, Run
+from service.db.paging import Page, read_page
+
+__all__ = ["get_run", "list_checkpoints", "list_completions", "list_items", "list_runs", "stored_answers"]
+
+
+def list_runs(
+    s: Session,
+    *,
+    kind: str | None = None,
+    target: str | None = None,
+    owner: str | None = None,
+    status: str | None = None,
+    tag: str | None = None,
+    cursor: str | None = None,
+    limit: int = 50,
+) -> Page:
+    """Runs, newest first. ``target``: those that work on a checkpoint of this run."""
+    query = select(Run).join(Job, Job.id == Run.job_id).where(Run.deleted_at.is_(None))
+    for column, value in ((Run.kind, kind), (Run.target, target), (Job.owner, owner), (Job.status, status)):
+        if value is not None:
+            query = query.where(column == value)
+    if tag is not None:
+        query = query.where(has_tag(tag))
+    return read_page(s, query, Run.id, cursor=cursor, limit=limit)
+
+
+def list_completions(
+    s: Session,
+    run_id: str,
+    *,
+    step: int | None = None,
+    step_min: int | None = None,
+    step_max: int | None = None,
+    verdict: str | None = None,
+    cursor: str | None = None,
+    limit: int = 50,
+) -> Page:
+    """Sampled answers in the order in which they were stored."""
+    query = select(Completion).where(Completion.run_id == run_id)
+    if step is not None:
+        query = query.where(Completion.step == step)
+    if step_min is not None:
+        query = query.where(Completion.step >= step_min)
+    if step_max is not None:
+        query = query.where(Completion.step <= step_max)
+    if verdict is not None:
+        query = query.where(Completion.verdict == verdict)
+    return read_page(s, query, Completion.id, cursor=cursor, limit=limit, newest_first=False)
+
+
+def list_items(
+    s: Session, run_id: str, *, verdict: str | None = None, cursor: str | None = None, limit: int = 50
+) -> Page:
+    """Answers of an evaluation."""
+    return list_completions(s, run_id, verdict=verdict, cursor=cursor, limit=limit)
+
+
+def stored_answers(s: Session, run_id: str) -> list[tuple[str, int]]:
+    """(prompt_id, sample) of every stored answer of an evaluation."""
+    query = select(Completion.prompt_id, Completion.sample).where(Completion.run_id == run_id)
+    return [tuple(row) for row in s.execute(query)]
+
+
+def list_checkpoints(s: Session, run_id: str) -> list[Checkpoint]:
+    """Checkpoints, oldest step first."""
+    return list(
+        s.scalars(select(Checkpoint).where(Checkpoint.run_id == run_id).order_by(Checkpoint.step).limit(10_000))
+    )

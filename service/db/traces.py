@@ -1,0 +1,64 @@
+"""Token traces: sequences of a run, ranges of their channels, pivots, histograms."""
+
+from sqlalchemy import func, select
+from sqlalchemy.orm import Session
+
+from erpo_core.codec import TraceReader
+from erpo_core.errors import NotFoundError
+from service.db.measured import Pivot, Sequence, TraceBlob
+from service.db.paging import Page, read_page
+
+
+def list_sequences(
+    s: Session, run_id: str, *, step: int | None = None, cursor: str | None = None, limit: int = 50
+) -> Page:
+    """Sequences by ``n``."""
+    query = select(Sequence).where(Sequence.run_id == run_id)
+    if step is not None:
+        query = query.where(Sequence.step == step)
+    return read_page(s, query, Sequence.n, cursor=cursor, limit=limit, newest_first=False)
+
+
+def count_sequences(s: Session, run_id: str) -> int:
+    """How many sequences a run has traced."""
+    return s.scalar(select(func.count()).select_from(Sequence).where(Sequence.run_id == run_id))
+
+
+def get_sequence(s: Session, run_id: str, n: int) -> Sequence:
+    """Raises NotFoundError where the run has no sequence ``n``."""
+    row = s.scalars(select(Sequence).filter_by(run_id=run_id, n=n)).one_or_none()
+    if row is None:
+        raise NotFoundError(f"run {run_id} has no sequence {n}")
+    return row
+
+
+def trace_reader(s: Session, sequence: Sequence) -> TraceReader:
+    """Reads ranges of a stored blob; only the bytes that hold them leave the database."""
+
+    def read(offset: int, length: int) -> bytes:
+        part = func.substr(TraceBlob.data, offset + 1, length)
+        return bytes(s.scalar(select(part).where(TraceBlob.sequence_id == sequence.id)) or b"")
+
+    return TraceReader(read)
+
+
+def list_pivots(s: Session, sequence: Sequence, start: int = 0, end: int | None = None) -> list[Pivot]:
+    """Pivots of a sequence by position, within a range."""
+    query = select(Pivot).where(Pivot.sequence_id == sequence.id, Pivot.position >= start)
+    if end is not None:
+        query = query.where(Pivot.position < end)
+    return list(s.scalars(query.order_by(Pivot.position)))
+
+
+def top_pivots(s: Session, run_id: str, top: int) -> list[Pivot]:
+    """The most uncertain pivots of a run."""
+    query = select(Pivot).where(Pivot.run_id == run_id)
+    return list(s.scalars(query.order_by(Pivot.entropy.desc(), Pivot.n, Pivot.position).limit(top)))
+
+
+def histogram(s: Session, run_id: str) -> list[int]:
+    """Counts of the sequences' histograms, added up; empty where nothing was traced."""
+    total: list[int] = []
+    for counts in s.scalars(select(Sequence.histogram).where(Sequence.run_id == run_id)):
+        total = [a + b for a, b in zip(total, counts, strict=True)] if total else list(counts)
+    return total
