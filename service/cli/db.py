@@ -1,5 +1,7 @@
 """``erpo db``."""
 
+import contextlib
+
 import typer
 
 app = typer.Typer(no_args_is_help=True, help="The database.")
@@ -13,6 +15,13 @@ def _group() -> None:
 @app.command()
 def upgrade() -> None:
     """Bring the tables up to date; safe to repeat."""
+    with open_database():
+        print("The database is up to date.")
+
+
+@contextlib.contextmanager
+def open_database():
+    """The database of the settings, with its tables up to date."""
     from service.db.engine import Database
     from service.settings import Settings
 
@@ -22,6 +31,6 @@ def upgrade() -> None:
     database = Database(settings.database_url)
     try:
         database.migrate()
+        yield database
     finally:
         database.dispose()
-    print("The database is up to date.")

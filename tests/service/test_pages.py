@@ -87,7 +87,7 @@ def _train_spec() -> ErpoTrainSpec:
 def _submit(database: Database, kind: str, spec, name: str):
     with database.write() as session:
         body = spec.model_dump(mode="json", exclude={"job"})
-        job = jobs.create_job(session, kind=kind, spec=body, options=JobOptions(name=name))
+        job = jobs.create_job(session, kind=kind, spec=body, options=JobOptions(name=name).model_dump(mode="json"))
         session.flush()
         session.expunge(job)
         return job

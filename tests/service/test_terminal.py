@@ -115,7 +115,7 @@ def test_progress_in_a_terminal_ends_full():
     console = Console(file=io.StringIO(), force_terminal=True, width=120)
     with job_progress(console, "ERPO") as take:
         take({"type": "progress", "data": {"phase": "train", "done": 3, "total": 4, "eta_seconds": 5}})
-        take({"type": "job.status", "data": {"status": "succeeded"}})
+        take({"type": "job.status", "data": {"from": "running", "to": "succeeded"}})
     assert "4/4" in SGR.sub("", console.file.getvalue()).splitlines()[-1]
 
 

@@ -68,7 +68,7 @@ def job_progress(console: Console, label: str) -> Iterator[Callable[[dict[str, A
                 total = max(1, data["total"])
                 done = min(data["done"], total)
                 progress.update(task, description=f"{label}: {phase}", completed=done, total=total, data=data)
-            elif event["type"] == "job.status" and data.get("status") == "succeeded":
+            elif event["type"] == "job.status" and data.get("to") == "succeeded":
                 done = progress.tasks[task].total
                 progress.update(task, description=label, completed=done, data={**_without_eta(progress, task)})
 

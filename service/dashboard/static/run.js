@@ -158,7 +158,7 @@ function showConfig(listId, sectionId, value) {
 function tell(event) {
   if (["progress", "metric.batch", "log.line", "completion.batch", "trace.batch"].includes(event.type)) return;
   const data = event.data || {};
-  const text = event.message || data.message || (data.status ? `${data.from ? `${data.from} → ` : ""}${data.status}` : "");
+  const text = data.from && data.to ? `${data.from} → ${event.message || data.to}` : event.message || data.message || "";
   const item = el("li", { class: `level-${event.level || "info"}` },
     el("time", { class: "muted mono small", datetime: event.created_at }, when(event.created_at)),
     el("span", { class: "small" }, el("span", { class: "event-type" }, event.type), ` ${text}`));
