@@ -7,6 +7,8 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from sqlalchemy.exc import InterfaceError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 from starlette.exceptions import HTTPException
 
 from erpo_core.errors import (
@@ -129,6 +131,11 @@ def problem_of(error: ErpoError, request: Request) -> dict[str, Any]:
     return problem(error.code, error.message, status=status, errors=errors, **_place(request), **extensions)
 
 
+def database_errors() -> tuple[type[Exception], ...]:
+    """What the database layer raises while the database is out of reach."""
+    return OperationalError, InterfaceError, PoolTimeout, UnavailableError, ConnectionError
+
+
 def install_handlers(app: FastAPI) -> None:
     """Make every error of ``app`` a problem document, those of the framework included."""
 
@@ -152,10 +159,13 @@ def install_handlers(app: FastAPI) -> None:
         body = problem(code, detail, status=error.status_code, **_place(request))
         return problem_response(body, dict(error.headers or {}))
 
-    @app.exception_handler(Exception)
-    def _unexpected(request: Request, error: Exception) -> JSONResponse:
-        log.error("%s %s failed", request.method, request.url.path, exc_info=error)
-        return problem_response(problem("internal", "an unexpected error; its trace is in the log", **_place(request)))
+    def _away(request: Request, error: Exception) -> JSONResponse:
+        log.error("%s %s: %s", request.method, request.url.path, error)
+        return problem_response(problem("unavailable", "the database is out of reach; try again", **_place(request)))
+
+    for cls in database_errors():
+        if cls is not UnavailableError:
+            app.add_exception_handler(cls, _away)
 
 
 def _place(request: Request) -> dict[str, str]:

@@ -66,10 +66,7 @@ def json_pointer(parts: list[str | int]) -> str:
 def _describe(error: dict[str, Any], body: Any) -> dict[str, str]:
     where, *location = error.get("loc") or ("body",)
     kind, message = error["type"], error["msg"].removeprefix("Value error, ")
-    if where == "body":
-        parts = [] if kind == "json_invalid" else _place(location, body, kind)
-    else:
-        parts = [where, *location]
+    parts = _place(location, body, kind) if where == "body" else [where, *location]
     if kind == "value_error":
         field, message, mend = _split_value_error(message)
         parts += field

@@ -1,0 +1,124 @@
+"""What a specification refers to, checked before anything is queued: models, data sets, runs and their checkpoints.
+
+Nothing is loaded: the heavy libraries stay with the workers.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from sqlalchemy.orm import Session
+
+from erpo_core.data.datasets import check_dataset
+from erpo_core.errors import NotFoundError, SpecError, UnknownReferenceError
+from erpo_core.models import check_model_ref
+from erpo_core.specs.common import CheckpointRef, JobOptions
+from service.auth import Principal
+from service.db import datasets as dataset_rows
+from service.db import jobs as job_rows
+from service.db import runs as run_rows
+from service.db.engine import Database
+from service.settings import Settings
+
+
+@dataclass
+class Admitted:
+    """What admission found: the runs that must succeed first; the size of the data set, if it is known."""
+
+    depends_on: list[str] = field(default_factory=list)
+    num_problems: int | None = None
+
+
+def admit(database: Database, settings: Settings, principal: Principal, spec: Any) -> Admitted:
+    """Check every reference of a valid specification.
+
+    Raises:
+        SpecError: with the JSON pointer of the field and the mend.
+    """
+    _check_text(spec)
+    admitted = Admitted()
+    with database.read() as session:
+        _check_model(session, settings, principal, spec.model, admitted)
+        _check_dependencies(session, principal, spec.job, admitted)
+        if hasattr(spec, "dataset"):
+            _check_upload(session, principal, spec.dataset)
+    if hasattr(spec, "dataset"):
+        admitted.num_problems = check_dataset(spec.dataset, settings.data_root)
+    return admitted
+
+
+def _check_upload(session: Session, principal: Principal, dataset: str) -> None:
+    """An uploaded data set belongs to somebody; other forms of names are checked without the database."""
+    if not dataset.startswith("ds_"):
+        return
+    try:
+        principal.check_sees(dataset_rows.get_dataset(session, dataset).owner, f"data set {dataset}")
+    except NotFoundError:
+        raise UnknownReferenceError(
+            f"there is no data set {dataset}", pointer="/dataset", mend="name one that GET /datasets lists"
+        ) from None
+
+
+def _check_model(session: Session, settings: Settings, principal: Principal, model: Any, admitted: Admitted) -> None:
+    if not isinstance(model, CheckpointRef):
+        # Trained weights of a run are reached by the run's id, so that its owner is checked: not by their folder.
+        check_model_ref(model, settings.model_roots)
+        return
+    run = _visible_run(session, principal, model.run, "/model/run")
+    if run.kind != "train":
+        raise UnknownReferenceError(
+            f"{run.id} is a run of kind {run.kind}; only a training leaves checkpoints",
+            pointer="/model/run",
+            mend="name a run of kind train; GET /runs?kind=train lists them",
+        )
+    if not job_rows.get_job(session, run.job_id).is_terminal:
+        admitted.depends_on.append(run.id)
+        return
+    _check_checkpoint(session, model)
+
+
+def _check_checkpoint(session: Session, model: CheckpointRef) -> None:
+    steps = [row.step for row in run_rows.list_checkpoints(session, model.run)]
+    if steps and (model.checkpoint in ("last", "best") or model.checkpoint in steps):
+        return
+    known = f"write one of {sorted(steps)}, `last` or `best`" if steps else "name a run that has saved a checkpoint"
+    raise UnknownReferenceError(
+        f"{model.run} has no checkpoint {model.checkpoint!r}", pointer="/model/checkpoint", mend=known
+    )
+
+
+def _check_dependencies(session: Session, principal: Principal, options: JobOptions, admitted: Admitted) -> None:
+    for index, run_id in enumerate(options.depends_on):
+        run = _visible_run(session, principal, run_id, f"/job/depends_on/{index}")
+        if run.id not in admitted.depends_on:
+            admitted.depends_on.append(run.id)
+
+
+def _visible_run(session: Session, principal: Principal, run_id: str, pointer: str) -> Any:
+    try:
+        run = run_rows.get_run(session, run_id)
+        principal.check_sees(job_rows.get_job(session, run.job_id).owner, f"run {run_id}")
+    except NotFoundError:
+        raise UnknownReferenceError(
+            f"there is no run {run_id}", pointer=pointer, mend="name a run that GET /runs lists"
+        ) from None
+    return run
+
+
+def _check_text(spec: Any) -> None:
+    """NUL characters are legal JSON and illegal text in PostgreSQL."""
+    found = _find_nul(spec.model_dump(mode="json"), "")
+    if found is not None:
+        raise SpecError("a NUL character", pointer=found, mend="remove the NUL character (\\u0000)")
+
+
+def _find_nul(value: Any, pointer: str) -> str | None:
+    if isinstance(value, str):
+        return pointer if "\0" in value else None
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, item in items:
+        if isinstance(key, str) and "\0" in key:
+            return pointer
+        found = _find_nul(item, f"{pointer}/{key}")
+        if found is not None:
+            return found
+    return None

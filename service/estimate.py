@@ -1,0 +1,58 @@
+"""Rough sizes of an order, for ``?dry_run=true``: steps, sampled tokens, bytes of traces."""
+
+from math import ceil
+from typing import Any
+
+from erpo_core.specs import EntropySpec, EvaluateSpec
+from erpo_core.specs.train import GrpoTrainSpec
+
+_TRAIN_TRACE_BYTES = 20
+_TRACE_BYTES = 12
+"""Compressed bytes per token: ten channels in training, six otherwise."""
+
+
+def estimate(spec: Any, num_problems: int | None) -> dict[str, int | float | None]:
+    """Upper bounds; None where the size of the data set is not known before it is loaded."""
+    if isinstance(spec, GrpoTrainSpec):
+        return _train(spec, num_problems)
+    if isinstance(spec, EvaluateSpec):
+        return _evaluate(spec, num_problems)
+    return _entropy(spec)
+
+
+def _train(spec: GrpoTrainSpec, num_problems: int | None) -> dict[str, int | float | None]:
+    steps: int | None = spec.max_steps if spec.max_steps > 0 else None
+    if steps is None and num_problems is not None:
+        prompts_per_step = spec.generation_batch_size // spec.num_generations
+        steps = ceil(num_problems / prompts_per_step * spec.num_train_epochs) * spec.num_iterations
+    completions = None if steps is None else ceil(steps / spec.num_iterations) * spec.generation_batch_size
+    traced = 0
+    if spec.trace_every and steps is not None:
+        traced = ceil(steps / spec.trace_every) * spec.trace_groups * spec.num_generations
+    return {
+        "num_problems": num_problems,
+        "steps": steps,
+        "completions": completions,
+        "completion_tokens": None if completions is None else completions * spec.max_completion_length,
+        "traced_sequences": traced,
+        "trace_bytes": traced * spec.max_completion_length * _TRAIN_TRACE_BYTES,
+    }
+
+
+def _evaluate(spec: EvaluateSpec, num_problems: int | None) -> dict[str, int | float | None]:
+    counts = [count for count in (num_problems, spec.limit) if count is not None]
+    problems = min(counts) if counts else None
+    completions = None if problems is None else problems * spec.num_samples
+    tokens = None if completions is None else completions * spec.sampling.max_completion_length
+    return {"num_problems": problems, "completions": completions, "completion_tokens": tokens, "trace_bytes": 0}
+
+
+def _entropy(spec: EntropySpec) -> dict[str, int | float | None]:
+    if spec.texts:
+        sequences = len(spec.texts)
+        # A token is hardly ever shorter than one character.
+        tokens = sum(len(pair.response) for pair in spec.texts)
+    else:
+        sequences = len(spec.prompts) * spec.num_samples
+        tokens = sequences * spec.sampling.max_completion_length
+    return {"sequences": sequences, "tokens": tokens, "trace_bytes": tokens * _TRACE_BYTES}

@@ -1,0 +1,96 @@
+"""Jobs, their events, and estimates."""
+
+from datetime import datetime
+from typing import Any, Literal
+
+from pydantic import BaseModel, Field
+
+JobKindName = Literal["train", "evaluate", "entropy"]
+
+
+class Progress(BaseModel):
+    """How far a job is; a training adds reward, entropy, tokens_per_second and eta_seconds."""
+
+    model_config = {"extra": "allow"}
+
+    phase: str
+    done: int
+    total: int
+
+
+class JobError(BaseModel):
+    """Why a job failed."""
+
+    code: str
+    message: str | None = None
+    log_tail: str | None = Field(None, description="The end of the child's log.")
+
+
+class Job(BaseModel):
+    """An order to compute."""
+
+    id: str
+    run_id: str = Field(description="What metrics, traces and results are read by.")
+    kind: JobKindName
+    name: str | None
+    tags: list[str]
+    priority: int
+    status: str = Field(
+        description="queued, starting, running, pausing, paused, cancelling, cancelled, succeeded or failed."
+    )
+    status_reason: str | None = Field(description="oom, worker_lost, timeout, user_request, nonfinite_loss, ...")
+    desired_status: str | None = Field(description="What the user has asked for.")
+    is_terminal: bool
+    attempt: int
+    progress: Progress | None
+    error: JobError | None
+    created_at: datetime
+    queued_at: datetime | None
+    started_at: datetime | None
+    finished_at: datetime | None
+    stalled: bool = Field(description="Its lease has run out and no worker is alive.")
+    depends_on: list[str] = []
+    links: dict[str, str]
+
+
+class Event(BaseModel):
+    """Something that happened to a job; the same envelope in lists and streams."""
+
+    id: str
+    seq: int = Field(description="Per job, without gaps; the stream's `id:`.")
+    type: str
+    level: str
+    created_at: datetime
+    job_id: str
+    run_id: str | None
+    attempt: int | None
+    message: str
+    data: dict[str, Any]
+
+
+class Estimate(BaseModel):
+    """What an order would do: rough, and nothing is queued."""
+
+    valid: bool = True
+    kind: JobKindName
+    spec: dict[str, Any]
+    estimate: dict[str, int | float | None]
+    depends_on: list[str] = []
+
+
+class JobPatch(BaseModel):
+    """What may change after submission."""
+
+    model_config = {"extra": "forbid"}
+
+    name: str | None = Field(None, max_length=200)
+    tags: list[str] | None = Field(None, max_length=32)
+    priority: int | None = Field(None, ge=-9, le=9)
+
+
+class CancelRequest(BaseModel):
+    """How to cancel."""
+
+    model_config = {"extra": "forbid"}
+
+    mode: Literal["checkpoint", "now"] = Field("checkpoint", description="Write a checkpoint first, or not.")

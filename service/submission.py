@@ -1,0 +1,71 @@
+"""From a valid specification to a queued job: admission, one transaction, a bell."""
+
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from fastapi import Depends
+from sqlalchemy.orm import Session
+
+from erpo_core.specs import JobKind
+from service.admission import Admitted, admit
+from service.auth import Submitter
+from service.db import jobs as job_rows
+from service.deps import AppSettings, Bell, Db
+from service.errors import RequestError
+from service.estimate import estimate
+from service.idempotency import Answer, OnlyOnce
+from service.shape import job_json
+
+
+@dataclass(frozen=True)
+class _Desk:
+    """Takes orders of one request."""
+
+    database: Db
+    settings: AppSettings
+    principal: Submitter
+    once: OnlyOnce
+    bell: Bell
+
+    def submit(self, kind: JobKind, spec: Any) -> Answer:
+        """Queue a job: 202 and where it is.
+
+        Raises:
+            SpecError: a reference is wrong; nothing is queued.
+        """
+        admitted: list[Admitted] = []
+
+        def check() -> None:
+            admitted.append(admit(self.database, self.settings, self.principal, spec))
+
+        def create(session: Session) -> Answer:
+            self._check_room(session)
+            options = spec.job.model_dump(mode="json") | {"depends_on": admitted[0].depends_on}
+            body = spec.model_dump(mode="json", exclude={"job"})
+            job = job_rows.create_job(session, kind=kind, spec=body, options=options, owner=self.principal.owner)
+            session.flush()
+            return Answer(202, job_json(job), {"Location": f"/jobs/{job.id}"})
+
+        answer = self.once.run(create, before=check)
+        self.bell.ring(answer.body["id"])
+        return answer
+
+    def estimate(self, kind: JobKind, spec: Any) -> Answer:
+        """Validate and estimate; nothing is queued."""
+        admitted = admit(self.database, self.settings, self.principal, spec)
+        body = {
+            "valid": True,
+            "kind": kind,
+            "spec": spec.model_dump(mode="json", exclude={"job"}),
+            "estimate": estimate(spec, admitted.num_problems),
+            "depends_on": admitted.depends_on,
+        }
+        return Answer(200, body)
+
+    def _check_room(self, session: Session) -> None:
+        limit = self.settings.max_queued_jobs
+        if job_rows.count_queued(session) >= limit:
+            raise RequestError(f"{limit} jobs are waiting already; try again later", code="queue_full")
+
+
+Desk = Annotated[_Desk, Depends()]

@@ -1,0 +1,85 @@
+"""Stored token traces as the API's JSON: the same shape for entropy analyses and for traces of training steps."""
+
+from typing import Any
+
+import numpy as np
+from sqlalchemy.orm import Session
+
+from erpo_core.errors import SpecError
+from service.db import traces as trace_rows
+from service.shape import finite, numbers
+
+MAX_TOKENS = 65_536
+
+
+def sequence_json(row: Any) -> dict[str, Any]:
+    """A sequence without its tokens."""
+    return {
+        "n": row.n,
+        "id": row.id,
+        "step": row.step,
+        "prompt_id": row.prompt_id,
+        "group": row.group,
+        "sample": row.sample,
+        "prompt": row.prompt,
+        "completion": row.completion,
+        "num_tokens": row.num_tokens,
+        "reward": finite(row.reward),
+        "advantage": finite(row.advantage),
+        "stats": finite(row.stats or {}),
+        "group_stats": finite(row.group_stats or {}),
+    }
+
+
+def tokens_json(session: Session, row: Any, channels: list[str] | None, start: int, end: int | None) -> dict[str, Any]:
+    """Tokens ``start`` to ``end`` with the channels asked for (all, if None).
+
+    Raises:
+        SpecError: a channel that this trace does not have.
+    """
+    start, end = bounds(row, start, end)
+    columns = read_columns(session, row, channels, start, end)
+    ids = columns.pop("token_ids")
+    return {
+        "n": row.n,
+        "start": start,
+        "end": end,
+        "tokens": list(row.tokens or ())[start:end],
+        "token_ids": ids.tolist(),
+        "channels": {name: numbers(column) for name, column in columns.items()},
+        "pivots": [pivot_json(pivot) for pivot in trace_rows.list_pivots(session, row, start, end)],
+        "group_stats": finite(row.group_stats or {}),
+    }
+
+
+def bounds(row: Any, start: int, end: int | None) -> tuple[int, int]:
+    """The range, cut to the sequence and to ``MAX_TOKENS``."""
+    stop = row.num_tokens if end is None else min(end, row.num_tokens)
+    start = min(start, row.num_tokens)
+    return start, max(start, min(stop, start + MAX_TOKENS))
+
+
+def read_columns(session: Session, row: Any, channels: list[str] | None, start: int, end: int) -> dict[str, np.ndarray]:
+    """``token_ids`` and the channels, of the range; reads only the blocks that hold it."""
+    reader = trace_rows.trace_reader(session, row)
+    unknown = sorted(set(channels or ()) - set(reader.channels))
+    if unknown:
+        raise SpecError(
+            f"this trace has no channel {', '.join(unknown)}",
+            pointer="/query/channels",
+            mend=f"choose among {', '.join(reader.channels)}",
+        )
+    names = None if channels is None else ["token_ids", *(name for name in channels if name != "token_ids")]
+    return reader.columns(names, start, end)
+
+
+def pivot_json(row: Any) -> dict[str, Any]:
+    """A Critical Decision Pivot; in lists over a run with the sequence it stands in."""
+    return {
+        "n": row.n,
+        "position": row.position,
+        "entropy": finite(row.entropy),
+        "logp": finite(row.logp),
+        "token": row.token,
+        "alternatives": finite(row.alternatives or []),
+    }
