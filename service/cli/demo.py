@@ -151,8 +151,14 @@ def answers_to_analyse(client: ErpoClient, evaluation: str, count: int = 6) -> l
         if row["prompt_id"] in seen or not row["completion"]:
             continue
         seen.add(row["prompt_id"])
-        texts.append({"prompt": row["problem"], "response": row["completion"]})
+        texts.append({"prompt": question_of(row["prompt"]), "response": row["completion"]})
     return texts[:count]
+
+
+def question_of(prompt: str) -> str:
+    """The problem of a stored prompt: what the last user turn says, or all of it where there are no turns."""
+    last_turn = prompt.rpartition("<|im_start|>user\n")[2]
+    return last_turn.partition("<|im_end|>")[0].strip()
 
 
 def show(client: ErpoClient, console: Console, runs: DemoRuns) -> None:
