@@ -44,14 +44,15 @@ def service(tmp_path_factory):
     runs = {"train": _training(database), "entropy": _analysis(database)}
     runs["queued"] = _submit(database, "train", _train_spec(), "Waiting").run_id
     port = free_port("127.0.0.1")
-    server = uvicorn.Server(uvicorn.Config(create_app(settings), port=port, log_level="warning"))
+    server = uvicorn.Server(
+        uvicorn.Config(create_app(settings), port=port, log_level="warning", timeout_graceful_shutdown=1)
+    )
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     while not server.started:
         time.sleep(0.02)
     yield f"http://127.0.0.1:{port}", runs
     server.should_exit = True
-    server.force_exit = True
     thread.join(10)
     database.dispose()
 

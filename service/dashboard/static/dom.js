@@ -18,7 +18,7 @@ export const byId = (id) => document.getElementById(id);
 export function number(value, digits = 3) {
   if (value === null || value === undefined || Number.isNaN(value)) return "–";
   if (value === 0) return "0";
-  if (Number.isInteger(value) && Math.abs(value) < 1e6) return String(value);
+  if (Number.isInteger(value) && Math.abs(value) < 1e6) return String(value).replace("-", "−");
   const size = Math.abs(value);
   if (size >= 1e5 || size < 1e-3) return value.toExponential(1).replace("e+", "e");
   return value.toLocaleString("en", { maximumSignificantDigits: digits, useGrouping: false }).replace("-", "−");
