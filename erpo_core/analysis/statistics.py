@@ -1,0 +1,17 @@
+"""Summary of one sequence's entropies: what is stored beside its trace."""
+
+import numpy as np
+
+HISTOGRAM_EDGES = np.concatenate([[0.0], np.geomspace(1e-4, 12.0, 64)[:-1], [np.inf]])
+"""Edges in nats of the 64 bins: the first holds [0, 1e-4), the last all that is beyond the others; log-spaced between."""
+
+
+def sequence_stats(entropies: np.ndarray) -> tuple[dict[str, float | None], list[int]]:
+    """``{h_mean, h_p50, h_p95, h_max}`` in nats, and counts in the bins of ``HISTOGRAM_EDGES``."""
+    counts = np.histogram(entropies, HISTOGRAM_EDGES)[0].tolist()
+    if not len(entropies):
+        return {"h_mean": None, "h_p50": None, "h_p95": None, "h_max": None}, counts
+    values = np.asarray(entropies, dtype=np.float64)
+    median, high = np.quantile(values, [0.5, 0.95])
+    stats = {"h_mean": values.mean(), "h_p50": median, "h_p95": high, "h_max": values.max()}
+    return {name: float(value) for name, value in stats.items()}, counts
