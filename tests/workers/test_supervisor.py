@@ -1,12 +1,16 @@
 """The real supervisor, recorder and database around a child that follows a script."""
 
+import json
+import os
+import signal
+import subprocess
+import sys
 import threading
 import time
 
-import psutil
 import pytest
 
-from service.db import claims, jobs, metrics, runs
+from service.db import claims, jobs, logs, metrics, runs
 from service.db.jobs import create_job
 from workers.processes import attempt_processes
 from workers.sweeper import Sweeper
@@ -30,7 +34,7 @@ def job_of(database, job_id):
 
 def rewards(database, job_id) -> list[int]:
     with database.read() as session:
-        series = metrics.read_metrics(session, jobs.get_job(session, job_id).run_id)["series"]
+        series = metrics.read_metrics(session, jobs.get_job(session, job_id).run_id)
     return series["reward"]["step"] if "reward" in series else []
 
 
@@ -63,10 +67,8 @@ def test_a_job_runs_to_its_end_and_its_records_and_log_are_stored(desk, database
 
 
 def read_log(database, job_id) -> bytes:
-    from service.db.records import read_log as read
-
     with database.read() as session:
-        return read(session, job_id)
+        return logs.read_log(session, job_id, 0, 10**9)
 
 
 def test_a_killed_child_fails_its_job_with_the_log_tail_and_the_next_job_runs(desk, database):
@@ -124,7 +126,7 @@ def test_cancel_of_a_deaf_child_kills_it_and_what_it_started(desk, database):
     job_id = submit(database, ["spawn"], ["metrics", 1, 2], ["hang"])
     thread = in_background(desk)
     wait_for(lambda: job_of(database, job_id).status == "running")
-    wait_for(lambda: len(attempt_processes(f"{job_id}:1")) == 2)
+    wait_for(lambda: len(attempt_processes(f"{job_id}:1")) == 3)
     with database.write() as session:
         jobs.request_cancel(session, job_id, "now")
     started = time.monotonic()
@@ -221,24 +223,19 @@ def test_a_fenced_attempt_is_ended_and_writes_nothing_more(settings, database, d
     assert not attempt_processes(f"{job_id}:1")
 
 
-def test_a_child_dies_with_a_supervisor_that_is_killed(settings, database, tmp_path):
-    import os
-    import signal
-    import subprocess
-    import sys
-    from pathlib import Path
-
+def test_a_child_and_what_it_started_die_with_a_supervisor_that_is_killed(settings, database):
     code = (
-        "import sys, threading; sys.path.insert(0, sys.argv[1]);"
-        "from service.settings import Settings; from workers.tasks import Desk; import scripted_child;"
-        "Desk(Settings(), 'w', threading.Event(), command=(sys.executable, scripted_child.__file__)).ring()"
+        "import threading; from service.settings import Settings; from workers.tasks import Desk;"
+        "Desk(Settings(), 'w', threading.Event()).ring()"
     )
     job_id = submit(database, ["spawn"], ["metrics", 1, 2], ["hang"])
-    environment = os.environ | {"ERPO_DATA_DIR": str(settings.data_dir)}
-    worker = subprocess.Popen([sys.executable, "-c", code, str(Path(__file__).parent)], env=environment)
+    environment = os.environ | {
+        "ERPO_DATA_DIR": str(settings.data_dir),
+        "ERPO_CHILD_COMMAND": json.dumps(settings.child_command),
+    }
+    worker = subprocess.Popen([sys.executable, "-c", code], env=environment)
     wait_for(lambda: job_of(database, job_id).status == "running")
-    wait_for(lambda: len(attempt_processes(f"{job_id}:1")) == 2)
-    spawned = [process.pid for process in attempt_processes(f"{job_id}:1")]
+    wait_for(lambda: len(attempt_processes(f"{job_id}:1")) == 3)
     worker.send_signal(signal.SIGKILL)
     worker.wait()
-    wait_for(lambda: not any(psutil.pid_exists(pid) for pid in spawned[:1]), 5)
+    wait_for(lambda: not attempt_processes(f"{job_id}:1"), 5)
