@@ -64,11 +64,11 @@ def serve(
 def worker(context: typer.Context) -> None:
     """Become a Celery worker; further arguments are Celery's own."""
     import os
-    import sys
 
-    queues = ",".join(settings_for().queues)
-    command = [*(sys.executable, "-m", "celery", "--app", "workers.app", "worker"), "--concurrency", "1"]
-    os.execv(sys.executable, [*command, "--queues", queues, *context.args])
+    from service.cli.up import worker_command
+
+    command = [*worker_command(settings_for()), *context.args]
+    os.execv(command[0], command)
 
 
 def _add_groups() -> None:

@@ -25,6 +25,7 @@ class Service:
     keep: tuple[int, ...] = ()
     """File descriptors that the process inherits."""
     process: subprocess.Popen | None = None
+    is_asked: bool = False
 
     def start(self) -> None:
         """Start it in a session of its own: Ctrl-C in the terminal reaches only the parent, which then stops it."""
@@ -50,8 +51,9 @@ class Service:
         return self.process is not None and self.process.poll() is None
 
     def ask_to_stop(self) -> None:
-        """SIGTERM."""
-        if self.is_alive():
+        """SIGTERM, once."""
+        if self.is_alive() and not self.is_asked:
+            self.is_asked = True
             self.process.terminate()
 
     def stop(self, seconds: float) -> None:

@@ -17,6 +17,8 @@ from service.db.states import ACTIVE
 from service.db.types import now
 
 _CANDIDATES = 200
+_UNDER_WAY = {"pausing": "paused", "cancelling": "cancelled"}
+"""What a job becomes whose attempt ends without having been asked to."""
 
 
 @dataclass(frozen=True)
@@ -147,7 +149,10 @@ def finish_attempt(
     job.lease_expires_at, job.worker_id = None, None
     if outcome == "failed":
         job.error = error
-    set_status(s, job, "queued" if outcome == "requeued" else outcome, reason)
+    if outcome == "requeued":
+        # What the user asked for in the last moment holds: the job does not go back into the queue.
+        outcome = _UNDER_WAY.get(job.status, "queued")
+    set_status(s, job, outcome, reason)
     job.desired_status = None
 
 
@@ -167,7 +172,7 @@ def expire_attempt(s: Session, job_id: str, attempt: int) -> str | None:
         job = own_job(s, job_id, attempt)
     except FencedError:
         return None
-    wanted = {"pausing": "paused", "cancelling": "cancelled"}.get(job.status)
+    wanted = _UNDER_WAY.get(job.status)
     job.lease_expires_at, job.worker_id = None, None
     if wanted is not None:
         set_status(s, job, wanted, "worker_lost")

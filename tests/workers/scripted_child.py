@@ -91,6 +91,11 @@ class Script:
             self.run(steps)
 
 
+def script_of(spec: dict) -> list:
+    """The job's own script, or that of the environment for jobs that came through the API."""
+    return spec.get("script") or json.loads(os.environ["ERPO_SCRIPT"])
+
+
 def main(path: str) -> None:
     settle_in()
     job = json.loads(Path(path).read_text())
@@ -98,7 +103,7 @@ def main(path: str) -> None:
     stop.listen()
     channel = Channel(os.environ["ERPO_RECORD_SOCKET"])
     try:
-        ended = Script(channel, JobInputs.from_json(job["inputs"]), stop).run(job["spec"]["script"])
+        ended = Script(channel, JobInputs.from_json(job["inputs"]), stop).run(script_of(job["spec"]))
     except Exception as error:
         ended = Ended("failed", failure_code(error), failure_message(error))
     channel.emit(ended)
