@@ -65,7 +65,7 @@ def _stack(settings: Settings, port: int | None) -> Iterator[tuple[str, list[Ser
     with lock_data_dir(settings.data_dir) as lock, contextlib.ExitStack() as cleanup:
         for folder in (settings.artifacts_dir, settings.cache_dir, settings.data_root):
             folder.mkdir(parents=True, exist_ok=True)
-        _migrate(settings)
+        _prepare_database(settings)
         services: list[Service] = []
         cleanup.callback(_stop, services)
         environment = environment_of(settings)
@@ -92,6 +92,8 @@ def _start_broker(settings: Settings, services: list[Service], lock: int) -> str
         "appendonly": "yes",
         "save": '""',
         "maxmemory-policy": "noeviction",
+        # A title would be written over the environment, by which the processes of a service are found.
+        "set-proc-title": "no",
     }
     broker = Service(
         "valkey",
@@ -161,14 +163,24 @@ def _choose_port(settings: Settings, port: int | None) -> int:
     return free_port(settings.host, settings.port) or free_port(settings.host)
 
 
-def _migrate(settings: Settings) -> None:
+def _prepare_database(settings: Settings) -> None:
+    from service.db import claims
     from service.db.engine import Database
 
     database = Database(settings.database_url)
     try:
         database.migrate()
+        if _is_ours_alone(settings):
+            with database.write() as session:
+                for lease in claims.running_leases(session):
+                    claims.expire_attempt(session, lease.job_id, lease.attempt)
     finally:
         database.dispose()
+
+
+def _is_ours_alone(settings: Settings) -> bool:
+    """Whoever holds the lock of the data directory knows that no worker is left: there is no lease to wait for."""
+    return settings.database_url == f"sqlite:///{settings.data_dir / 'erpo.db'}"
 
 
 def _wait_until_ready(url: str, services: list[Service]) -> None:

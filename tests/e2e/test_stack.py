@@ -1,10 +1,6 @@
 """The real stack: Valkey, uvicorn, Celery, SQLite, and a real training of a tiny model of random weights."""
 
-import json
-import os
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
@@ -82,24 +78,6 @@ def assert_run_is_readable(client: ErpoClient, run_id: str) -> None:
     assert {"entropy", "logp", "advantage"} <= set(tokens["channels"])
 
 
-def test_a_second_service_on_the_same_data_directory_is_refused(stack):
-    stack.start()
-    second = subprocess.run(
-        [sys.executable, "-m", "service.cli.main", "up"],
-        env=stack.environment,
-        capture_output=True,
-        text=True,
-        timeout=30,
-        check=False,
-    )
-    said = second.stdout + second.stderr
-    assert second.returncode != 0
-    assert str(stack.process.pid) in said
-    assert stack.url in said
-    assert "Traceback" not in said
-    assert stack.stop(signal.SIGTERM) == []
-
-
 def test_killing_the_parent_leaves_no_process_and_the_job_goes_on_afterwards(stack, model_root):
     stack.start()
     with ErpoClient(stack.url) as client:
@@ -114,34 +92,3 @@ def test_killing_the_parent_leaves_no_process_and_the_job_goes_on_afterwards(sta
         steps = client.runs.metrics(job.run_id)["series"]["reward"]["step"]
         assert steps == sorted(set(steps))
     assert stack.stop(signal.SIGTERM) == []
-
-
-def test_a_killed_child_fails_its_job_and_the_next_one_runs(stack, model_root):
-    stack.start()
-    with ErpoClient(stack.url) as client:
-        job = client.train(model=str(model_root / "tiny"), **SPEC | {"max_steps": 500, "save_steps": 100})
-        wait_for(lambda: client.jobs.get(job.id)["status"] == "running", 60, stack)
-        for process in stack.processes():
-            if "workers.child" in process.cmdline():
-                os.kill(process.pid, signal.SIGKILL)
-        wait_for(lambda: client.jobs.get(job.id)["is_terminal"], 30, stack)
-        failed = client.jobs.get(job.id)
-        assert (failed["status"], failed["status_reason"]) == ("failed", "child_killed")
-        assert failed["error"]["message"]
-        following = client.analyze_entropy(model=str(model_root / "tiny"), texts=[{"prompt": "a", "response": "b c"}])
-        following.wait(timeout=90)
-        assert following.status == "succeeded", stack.said()
-    assert stack.stop(signal.SIGINT) == []
-
-
-def test_a_request_to_stop_during_training_is_over_in_ten_seconds(stack, model_root):
-    stack.start()
-    with ErpoClient(stack.url) as client:
-        job = client.train(model=str(model_root / "tiny"), **SPEC | {"max_steps": 500, "save_steps": 100})
-        wait_for(lambda: client.jobs.get(job.id)["status"] == "running", 60, stack)
-    started = time.monotonic()
-    assert stack.stop(signal.SIGINT, 12) == []
-    assert time.monotonic() - started < 10
-    with (stack.data_dir / "logs" / "worker.log").open() as log:
-        assert "Traceback" not in log.read()
-    assert json.dumps(job.run_id)
