@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from erpo_core.data.worked_examples import ARITHMETIC
+from erpo_core.errors import ErpoError
 from service.cli.terminal.colours import nice_domain
 from service.cli.terminal.curves import curve
 from service.cli.terminal.progress import clock, job_progress
@@ -59,7 +60,7 @@ def demo(settings: Settings, *, steps: int = STEPS, port: int | None = None, sta
             if keep:
                 console.print("The service goes on. [bold]Ctrl-C[/] stops it.")
                 _wait_for_interrupt()
-    except (JobFailed, ErpoApiError) as error:
+    except (JobFailed, ErpoApiError, ErpoError) as error:
         raise SystemExit(f"erpo demo: {error}") from None
     except KeyboardInterrupt:
         console.print("Stopped.")
