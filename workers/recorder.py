@@ -95,9 +95,9 @@ class Recorder:
             self._connection, _ = self._listener.accept()
             if self._permit is not None:
                 self._tell({"permit": self._permit})
-            stream = self._connection.makefile("rb")
+            stream = _Stream(self._connection)
             while True:
-                self._receive(*read_frame(lambda size: _exactly(stream, size)))
+                self._receive(*read_frame(stream.read), size=stream.taken())
         except (OSError, EOFError):
             pass
         except (ValueError, TypeError) as error:
@@ -106,10 +106,8 @@ class Recorder:
             self._at_end = True
             self._changed.notify_all()
 
-    def _receive(self, header: dict, payload: bytes) -> None:
+    def _receive(self, header: dict, payload: bytes, size: int) -> None:
         record = from_wire(header, payload)
-        # A JSON text of n characters takes a few times that as objects; the payload is what is large.
-        size = len(payload) + 4096
         with self._changed:
             self._changed.wait_for(lambda: self._stopped() or self._has_room())
             self._buffer.append((header["n"], record, size))
@@ -197,11 +195,24 @@ def _short_folder() -> str | None:
     return None if len(tempfile.gettempdir()) < 60 else "/tmp"
 
 
-def _exactly(stream, size: int) -> bytes:
-    data = stream.read(size)
-    if len(data) < size:
-        raise EOFError
-    return data
+class _Stream:
+    """Reads a socket and counts."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._file = connection.makefile("rb")
+        self._count = 0
+
+    def read(self, size: int) -> bytes:
+        data = self._file.read(size)
+        if len(data) < size:
+            raise EOFError
+        self._count += size
+        return data
+
+    def taken(self) -> int:
+        """Bytes since the last call."""
+        count, self._count = self._count, 0
+        return count
 
 
 def _hang_up(end: socket.socket) -> None:
