@@ -44,7 +44,8 @@ def check_model_ref(ref: str, model_roots: Iterable[Path] = (), *, pointer: str 
         raise UnknownReferenceError(
             f"unknown model {ref!r}",
             pointer=pointer,
-            mend=f"name one of {', '.join(sorted(KNOWN_MODELS))}, a hub id (organisation/name) or a folder in an allowed root",
+            mend=f"name one of {', '.join(sorted(KNOWN_MODELS))}, a hub id (organisation/name), or a folder in an "
+            "allowed root",
             code="unknown_model",
         )
 
@@ -136,12 +137,13 @@ def _locked(path: Path):
         yield
 
 
-def load_model(path: Path, *, dtype, device: str = "cpu"):
+def load_model(path: Path, *, dtype: Any, device: str = "cpu") -> tuple[Any, Any]:
     """Model and tokenizer of a safetensors folder. Remote code and pickles are never loaded."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(path)
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True).to(device)
+    tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True, trust_remote_code=False)
+    model = model.to(device)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "left"
@@ -165,6 +167,8 @@ def load_policy(inputs: JobInputs, *, dtype=None, device: str | None = None, tra
     if adapter is not None:
         from peft import PeftModel
 
+        if not (adapter / "adapter_model.safetensors").is_file():  # PEFT would fall back to a pickle
+            raise RunError(f"{adapter} holds no adapter_model.safetensors", code="checkpoint_missing")
         model = PeftModel.from_pretrained(model, adapter, is_trainable=trainable)
     info = {
         "base": inputs.model.base,
@@ -179,7 +183,7 @@ def load_policy(inputs: JobInputs, *, dtype=None, device: str | None = None, tra
 
 
 def folder_digest(folder: Path, pattern: str) -> str:
-    """sha256 over the matching files' names and bytes, cached beside nothing: a folder may change."""
+    """sha256 over the names, sizes and bytes of the files that match."""
     digest = hashlib.sha256()
     for path in sorted(folder.glob(pattern)):
         digest.update(json.dumps([path.name, path.stat().st_size]).encode())

@@ -1,8 +1,11 @@
 """How a problem becomes a prompt, and where an answer ends."""
 
+import hashlib
+
 from erpo_core.specs.common import PromptSpec
 
 BOXED_INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
+_END_TOKENS = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<end_of_turn>", "</s>")
 _QWEN_SYSTEM = "You are a helpful assistant."
 
 
@@ -33,12 +36,14 @@ def prompt_ids(tokenizer, problem: str, spec: PromptSpec) -> list[int]:
 
 def stop_token_ids(tokenizer) -> list[int]:
     """Tokens that end an answer: a base model's own end of text and the chat template's end of turn."""
-    ends = {tokenizer.eos_token_id}
-    for name in ("<|im_end|>", "<|endoftext|>"):
-        token = tokenizer.convert_tokens_to_ids(name)
-        if isinstance(token, int) and token >= 0 and token != tokenizer.unk_token_id:
-            ends.add(token)
+    vocabulary = tokenizer.get_vocab()
+    ends = {tokenizer.eos_token_id, *(vocabulary.get(name) for name in _END_TOKENS)}
     return sorted(end for end in ends if end is not None)
+
+
+def template_digest(tokenizer, spec: PromptSpec) -> str:
+    """sha256 of what a probe problem becomes: everything of the prompt but the problem."""
+    return hashlib.sha256(prompt_text(tokenizer, "{problem}", spec).encode()).hexdigest()
 
 
 def _with(problem: str, instruction: str | None) -> str:

@@ -131,13 +131,14 @@ def _file(found: Reference, data_root: Path | None, pointer: str) -> Path:
     if data_root is None:
         raise UnknownReferenceError("there is no data root", pointer=pointer, mend="set ERPO_DATA_ROOT")
     root = Path(data_root).resolve()
+    uploads = (root / "uploads").resolve()
     if found.source == "upload":
-        path = root / "uploads" / f"{found.name}.jsonl"
-        allowed = path.resolve().parent == root / "uploads"
+        path = uploads / f"{found.name}.jsonl"
+        allowed = path.resolve().parent == uploads
     else:
         path = (root / found.name).resolve()
         # Uploads have owners, and are reached by their id alone.
-        allowed = path.is_relative_to(root) and not path.is_relative_to(root / "uploads") and path.suffix == ".jsonl"
+        allowed = path.is_relative_to(root) and not path.is_relative_to(uploads) and path.suffix == ".jsonl"
     if not allowed or not path.is_file():
         known = ", ".join(f"data:{name}" for name in _known_files(root)) or "none yet"
         raise UnknownReferenceError(

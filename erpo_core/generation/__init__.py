@@ -1,1 +1,1 @@
-"""Engines that sample answers."""
+"""Engines that sample answers to prompts."""

@@ -1,8 +1,13 @@
-"""Sampling with a transformers model: each prompt is computed once and its cache fanned out to its n answers."""
+"""Sampling with a transformers model in this process.
+
+What makes it fast for groups of answers to one question: a prompt is computed once, its key-value cache is repeated for
+the n answers, and an answer that has ended leaves the batch.
+"""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,20 +15,28 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Sample:
-    """One answer. ``token_ids`` ends with the stop token where ``finished``; otherwise it was cut at the limit."""
+    """One answer. ``token_ids`` include the stop token if there is one; ``finished`` is False at the length limit."""
 
     token_ids: list[int]
     finished: bool
 
 
+@dataclass(frozen=True)
+class Sampling:
+    """How a token is drawn. ``temperature`` 0 is greedy, ``top_k`` 0 keeps the whole vocabulary."""
+
+    temperature: float
+    top_p: float = 1.0
+    top_k: int = 0
+
+
 class TransformersEngine:
-    """Samples from a causal language model (a PEFT model too) on whatever device it is."""
+    """Samples from a causal language model, a PEFT model included."""
 
-    def __init__(self, model, tokenizer) -> None:
-        self._model = model
-        self._pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    def __init__(self, model: Any, tokenizer: Any) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
 
-    @torch.no_grad()
     def generate(
         self,
         prompts: Sequence[Sequence[int]],
@@ -36,98 +49,120 @@ class TransformersEngine:
         stop_ids: Sequence[int],
         seed: int = 0,
     ) -> list[list[Sample]]:
-        """n answers to each prompt, in order. The same seed and batch give the same answers.
+        """``n`` answers to each prompt; the same arguments give the same answers.
 
-        Args:
-            prompts: Token ids, at least one per prompt.
-            temperature: 0 decodes greedily.
-            top_p: Share of probability kept, after the temperature.
-            top_k: Tokens kept; 0 keeps all.
-            stop_ids: Each ends an answer.
+        An answer's random numbers depend on the seed and its place (prompt, sample) alone, not on when others end.
 
         Raises:
-            ValueError: a prompt is empty.
+            ValueError: an empty prompt, or a bound below 1.
         """
-        if any(not len(prompt) for prompt in prompts):
-            raise ValueError("prompts: an empty prompt")
         if not prompts:
             return []
-        device = self._model.device
-        generator = torch.Generator(device=device).manual_seed(seed)
-        stops = torch.tensor(sorted(stop_ids), device=device, dtype=torch.long)
-        answers: list[list[int]] = [[] for _ in range(len(prompts) * n)]
-        finished = [False] * len(answers)
-        with _evaluating(self._model):
-            logits, cache, mask = self._prefill(prompts, n, device)
-            rows = torch.arange(len(answers), device=device)
-            for step in range(max_new_tokens):
-                chosen = _sample(logits, temperature, top_p, top_k, generator)
-                ended = torch.isin(chosen, stops)
-                for row, token, end in zip(rows.tolist(), chosen.tolist(), ended.tolist(), strict=True):
-                    answers[row].append(token)
-                    finished[row] = end
-                going = (~ended).nonzero().squeeze(1)
-                if not len(going) or step + 1 == max_new_tokens:
-                    break
-                if len(going) < len(rows):
-                    # Finished answers leave the batch: they would only keep the others waiting.
-                    rows, chosen, mask = rows[going], chosen[going], mask[going]
-                    cache.batch_select_indices(going)
-                logits, mask = self._decode(chosen, cache, mask)
-        samples = [Sample(ids, end) for ids, end in zip(answers, finished, strict=True)]
+        if min(len(prompt) for prompt in prompts) < 1 or n < 1 or max_new_tokens < 1:
+            raise ValueError("generate: prompts must hold a token, n and max_new_tokens must be 1 or more")
+        sampling = Sampling(temperature, top_p, top_k)
+        with torch.no_grad(), _evaluating(self.model):
+            tokens = self._decode(prompts, n, sampling, max_new_tokens, stop_ids, seed)
+        ends = set(stop_ids)
+        samples = [Sample(row, row[-1] in ends) for row in tokens]
         return [samples[start : start + n] for start in range(0, len(samples), n)]
 
-    def _prefill(self, prompts: Sequence[Sequence[int]], n: int, device) -> tuple[Tensor, object, Tensor]:
-        width = max(len(prompt) for prompt in prompts)
-        ids = torch.full((len(prompts), width), self._pad, dtype=torch.long)
-        mask = torch.zeros_like(ids)
-        for row, prompt in enumerate(prompts):
-            ids[row, width - len(prompt) :] = torch.tensor(prompt)
-            mask[row, width - len(prompt) :] = 1
-        ids, mask = ids.to(device), mask.to(device)
-        positions = (mask.cumsum(1) - 1).clamp(min=0)
-        output = self._model(
-            input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True, logits_to_keep=1
-        )
-        cache = output.past_key_values
-        if n > 1:
-            cache.batch_repeat_interleave(n)
-        return output.logits[:, -1].repeat_interleave(n, 0), cache, mask.repeat_interleave(n, 0)
+    def _decode(
+        self,
+        prompts: Sequence[Sequence[int]],
+        n: int,
+        sampling: Sampling,
+        max_new_tokens: int,
+        stop_ids: Sequence[int],
+        seed: int,
+    ) -> list[list[int]]:
+        """Token ids of all B = len(prompts) * n answers, prompt by prompt."""
+        device = self.model.device
+        logits, cache, mask = self._prefill(prompts, device)
+        cache.batch_repeat_interleave(n)
+        logits, mask = logits.repeat_interleave(n, dim=0), mask.repeat_interleave(n, dim=0)
+        padded = not bool(mask.all())
 
-    def _decode(self, chosen: Tensor, cache, mask: Tensor) -> tuple[Tensor, Tensor]:
-        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
-        output = self._model(
-            input_ids=chosen[:, None],
+        generator = torch.Generator().manual_seed(seed)
+        stops = torch.tensor(sorted(set(stop_ids)), dtype=torch.long, device=device)
+        total = len(prompts) * n
+        alive = torch.arange(total, device=device)  # which answer a row of the batch is
+        answers: list[list[int]] = [[] for _ in range(total)]
+        for step in range(max_new_tokens):
+            # One number for every answer at every step, the ended ones too: nobody's draw depends on the others' ends.
+            uniform = torch.rand(total, generator=generator, dtype=torch.float64).to(device)[alive]
+            chosen = draw(logits, sampling, uniform)
+            for answer, token in zip(alive.tolist(), chosen.tolist(), strict=True):
+                answers[answer].append(token)
+            going = ~torch.isin(chosen, stops)
+            if step + 1 == max_new_tokens or not bool(going.any()):
+                break
+            if not bool(going.all()):
+                kept = going.nonzero().squeeze(1)
+                cache.batch_select_indices(kept)
+                alive, chosen, mask = alive[kept], chosen[kept], mask[kept]
+            mask = torch.cat([mask, mask.new_ones(len(alive), 1)], dim=1)
+            logits = self._step(chosen, cache, mask, padded)
+        return answers
+
+    def _prefill(self, prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Any, Tensor]:
+        """Last logits (P, V), the cache, and the attention mask (P, L) of the left-padded prompts."""
+        longest = max(map(len, prompts))
+        pad = self.tokenizer.pad_token_id or 0
+        ids = torch.tensor([[pad] * (longest - len(p)) + list(p) for p in prompts], device=device)
+        mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
+        out = self.model(
+            input_ids=ids,
             attention_mask=mask,
+            position_ids=(mask.cumsum(1) - 1).clamp(min=0),
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        return out.logits[:, -1], out.past_key_values, mask
+
+    def _step(self, chosen: Tensor, cache: Any, mask: Tensor, padded: bool) -> Tensor:
+        """Logits (B, V) after one more token (B,) of each answer."""
+        out = self.model(
+            input_ids=chosen[:, None],
+            attention_mask=mask if padded else None,  # without one, attention takes its fast path
             position_ids=mask.sum(1, keepdim=True) - 1,
             past_key_values=cache,
             use_cache=True,
+            logits_to_keep=1,
         )
-        return output.logits[:, -1], mask
+        return out.logits[:, -1]
+
+
+def draw(logits: Tensor, sampling: Sampling, uniform: Tensor) -> Tensor:
+    """Token ids (B,) from logits (B, V), by inverting the cumulative distribution at ``uniform`` (B,) in [0, 1)."""
+    if sampling.temperature == 0:
+        return logits.argmax(dim=-1)
+    scaled = logits.float() / sampling.temperature
+    if 0 < sampling.top_k < scaled.shape[-1]:
+        least = scaled.topk(sampling.top_k, dim=-1).values[:, -1:]
+        scaled = scaled.masked_fill(scaled < least, float("-inf"))
+    probs = scaled.softmax(dim=-1)
+    if sampling.top_p < 1:
+        probs = _nucleus(probs, sampling.top_p)
+    cumulative = probs.double().cumsum(dim=-1)
+    # The first token whose cumulative probability exceeds the draw, so never one of probability 0.
+    return torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True).squeeze(1)
+
+
+def _nucleus(probs: Tensor, top_p: float) -> Tensor:
+    """The most likely tokens that together reach ``top_p``, the first one always among them; the others are 0."""
+    ordered, order = probs.sort(dim=-1, descending=True)
+    outside = ordered.cumsum(dim=-1) - ordered >= top_p
+    return probs.masked_fill(outside.scatter(1, order, outside), 0.0)
 
 
 @contextmanager
-def _evaluating(model) -> Iterator[None]:
-    training = model.training
+def _evaluating(model: Any) -> Iterator[None]:
+    """Without dropout inside; every module's mode is restored."""
+    training = [module for module in model.modules() if module.training]
     model.eval()
     try:
         yield
     finally:
-        model.train(training)
-
-
-def _sample(logits_BV: Tensor, temperature: float, top_p: float, top_k: int, generator: torch.Generator) -> Tensor:
-    logits_BV = logits_BV.float()
-    if temperature == 0:
-        return logits_BV.argmax(1)
-    logits_BV = logits_BV / temperature
-    if top_k:
-        least = logits_BV.topk(min(top_k, logits_BV.shape[1]), dim=1).values[:, -1:]
-        logits_BV = logits_BV.masked_fill(logits_BV < least, -torch.inf)
-    probs_BV = logits_BV.softmax(1)
-    if top_p < 1:
-        ordered, index = probs_BV.sort(1, descending=True)
-        # The token that crosses the share is kept.
-        dropped = ordered.cumsum(1) - ordered >= top_p
-        probs_BV = probs_BV.scatter(1, index, ordered.masked_fill(dropped, 0.0))
-    return torch.multinomial(probs_BV, 1, generator=generator).squeeze(1)
+        for module in training:
+            module.training = True

@@ -1,74 +1,124 @@
-"""The transformers engine against transformers' own generate."""
+"""The engine gives what transformers' own generate gives, and fan-out changes nothing but the speed."""
 
 import pytest
-import torch
 
-from erpo_core.generation.transformers import TransformersEngine
-from tiny_model import make_tiny_model
+torch = pytest.importorskip("torch")
+
+from erpo_core.generation.transformers import Sampling, TransformersEngine, draw  # noqa: E402
+from erpo_core.models import load_model  # noqa: E402
+from tiny_model import make_tiny_model  # noqa: E402
+
+PROMPTS = ["What is 4 + 3?", "Why?", "A rather longer question than the other two."]
 
 
 @pytest.fixture(scope="module")
-def policy(tmp_path_factory):
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    path = make_tiny_model(tmp_path_factory.mktemp("tiny") / "model")
-    return AutoModelForCausalLM.from_pretrained(path).eval(), AutoTokenizer.from_pretrained(path)
+def tiny(tmp_path_factory):
+    return load_model(make_tiny_model(tmp_path_factory.mktemp("tiny")), dtype=torch.float32)
 
 
-PROMPTS = [[5, 6, 7], [9, 8, 7, 6, 5, 4, 10]]
+@pytest.fixture
+def engine(tiny):
+    return TransformersEngine(*tiny)
 
 
-def test_greedy_answers_are_those_of_transformers(policy):
-    model, tokenizer = policy
-    ours = TransformersEngine(model, tokenizer).generate(
-        PROMPTS, temperature=0, max_new_tokens=12, stop_ids=[tokenizer.eos_token_id]
+def encoded(tokenizer):
+    return [tokenizer(text)["input_ids"] for text in PROMPTS]
+
+
+def test_greedy_answers_are_those_of_transformers_generate(tiny, engine):
+    model, tokenizer = tiny
+    stops = [tokenizer.eos_token_id, 40]
+    mine = engine.generate(encoded(tokenizer), n=1, temperature=0, max_new_tokens=24, stop_ids=stops)
+    for prompt, (sample,) in zip(encoded(tokenizer), mine, strict=True):
+        ids = torch.tensor([prompt])
+        theirs = model.generate(ids, do_sample=False, max_new_tokens=24, eos_token_id=stops)[0, len(prompt) :].tolist()
+        assert sample.token_ids == theirs
+        assert sample.finished == (theirs[-1] in stops)
+
+
+def test_fan_out_equals_repeated_prompts(tiny, engine):
+    prompts = encoded(tiny[1])
+    common = {"temperature": 1.0, "max_new_tokens": 20, "stop_ids": [2, 50, 60, 70], "seed": 3}
+    fanned = engine.generate(prompts, n=4, **common)
+    repeated = engine.generate([prompt for prompt in prompts for _ in range(4)], n=1, **common)
+    assert [sample for group in fanned for sample in group] == [group[0] for group in repeated]
+    assert len({tuple(sample.token_ids) for sample in fanned[0]}) > 1
+
+
+def test_an_answer_does_not_depend_on_when_others_end(tiny, engine):
+    prompt = encoded(tiny[1])[:1]
+    common = {"n": 8, "temperature": 1.0, "max_new_tokens": 24, "seed": 5}
+    free = engine.generate(prompt, stop_ids=[], **common)[0]
+    stopped = engine.generate(prompt, stop_ids=[2, 50, 60, 70, 80, 90, 100], **common)[0]
+    assert len({len(sample.token_ids) for sample in stopped}) > 1
+    for whole, part in zip(free, stopped, strict=True):
+        assert whole.token_ids[: len(part.token_ids)] == part.token_ids
+
+
+def test_the_same_seed_gives_the_same_answers_and_another_seed_others(tiny, engine):
+    prompts = encoded(tiny[1])
+    common = {"n": 2, "temperature": 1.0, "max_new_tokens": 16, "stop_ids": [2]}
+    assert engine.generate(prompts, seed=1, **common) == engine.generate(prompts, seed=1, **common)
+    assert engine.generate(prompts, seed=1, **common) != engine.generate(prompts, seed=2, **common)
+
+
+def test_the_prompt_is_computed_once_and_ended_answers_leave_the_batch(tiny, engine, monkeypatch):
+    model, tokenizer = tiny
+    shapes, forward = [], model.forward
+    monkeypatch.setattr(model, "forward", lambda **kw: (shapes.append(tuple(kw["input_ids"].shape)), forward(**kw))[1])
+    prompts = encoded(tokenizer)
+    stops = list(range(2, 200, 3))
+    samples = engine.generate(prompts, n=4, temperature=1.0, max_new_tokens=12, stop_ids=stops)
+    assert shapes[0] == (3, max(map(len, prompts)))
+    lengths = [len(sample.token_ids) for group in samples for sample in group]
+    assert [rows for rows, _ in shapes[1:]] == [sum(n > step for n in lengths) for step in range(1, max(lengths))]
+
+
+def test_a_peft_model_samples_and_keeps_its_mode_and_gradients(tmp_path):
+    peft = pytest.importorskip("peft")
+    model, tokenizer = load_model(make_tiny_model(tmp_path), dtype=torch.float32)
+    plain = TransformersEngine(model, tokenizer).generate(
+        encoded(tokenizer), temperature=0, max_new_tokens=8, stop_ids=[2]
     )
-    for prompt, (answer,) in zip(PROMPTS, ours, strict=True):
-        theirs = model.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False)[0, len(prompt) :].tolist()
-        assert answer.token_ids == theirs
-        assert answer.finished == (theirs[-1] == tokenizer.eos_token_id)
-
-
-def test_answers_end_at_a_stop_token_and_the_others_go_on(policy):
-    model, tokenizer = policy
+    model = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.5))
+    model.train()
+    frozen = model.base_model.model.model.layers[0]
+    frozen.eval()
     engine = TransformersEngine(model, tokenizer)
-    free = engine.generate(PROMPTS, n=6, max_new_tokens=20, stop_ids=[], seed=3)
-    tokens = [token for group in free for answer in group for token in answer.token_ids]
-    stop = max(set(tokens), key=tokens.count)
-    stopped = engine.generate(PROMPTS, n=6, max_new_tokens=20, stop_ids=[stop], seed=3)
-    flat = [answer for group in stopped for answer in group]
-    assert any(answer.finished for answer in flat)
-    for answer in flat:
-        assert answer.finished == (answer.token_ids[-1] == stop)
-        assert stop not in answer.token_ids[:-1]
-        assert answer.finished or len(answer.token_ids) == 20
+    assert engine.generate(encoded(tokenizer), temperature=0, max_new_tokens=8, stop_ids=[2]) == plain
+    assert model.training
+    assert not frozen.training
+    frozen.train()
+    model(input_ids=torch.tensor([[5, 6, 7]])).logits.sum().backward()
+    assert any(p.grad is not None for p in model.parameters())
 
 
-def test_a_seed_fixes_the_answers_and_the_global_generator_is_untouched(policy):
-    model, tokenizer = policy
-    engine = TransformersEngine(model, tokenizer)
-    torch.manual_seed(1)
-    before = torch.get_rng_state()
-    first, again, other = (
-        engine.generate(PROMPTS, n=3, max_new_tokens=10, stop_ids=[2], seed=seed) for seed in (1, 1, 2)
-    )
-    assert torch.equal(before, torch.get_rng_state())
-    assert first == again != other
+def test_draws_follow_the_distribution():
+    probs = torch.tensor([0.5, 0.0, 0.3, 0.2])
+    uniform = torch.arange(0, 1, 1e-4, dtype=torch.float64)
+    tokens = draw(probs.log().expand(len(uniform), 4), Sampling(1.0), uniform)
+    shares = torch.bincount(tokens, minlength=4) / len(uniform)
+    assert torch.allclose(shares, probs, atol=2e-4)
 
 
-def test_sampled_tokens_follow_the_models_distribution(policy):
-    model, tokenizer = policy
-    with torch.no_grad():
-        probs = model(torch.tensor([PROMPTS[0]])).logits[0, -1].softmax(0)
-    (answers,) = TransformersEngine(model, tokenizer).generate([PROMPTS[0]], n=4000, max_new_tokens=1, stop_ids=[])
-    counts = torch.bincount(torch.tensor([a.token_ids[0] for a in answers]), minlength=len(probs))
-    assert (counts / 4000 - probs).abs().max() < 5 * (probs.max() / 4000).sqrt()
+@pytest.mark.parametrize(
+    ("sampling", "expected"),
+    [
+        (Sampling(1.0, top_k=2), {0, 2}),
+        (Sampling(1.0, top_p=0.79), {0, 2}),
+        (Sampling(1.0, top_p=0.5), {0}),
+        (Sampling(1.0, top_p=1e-9), {0}),
+        (Sampling(1e-3), {0}),
+        (Sampling(1.0, top_k=99), {0, 2, 3}),
+    ],
+)
+def test_top_k_and_top_p_keep_the_most_likely_tokens(sampling, expected):
+    uniform = torch.linspace(0, 0.99999, 1000, dtype=torch.float64)
+    logits = torch.tensor([0.5, 0.0, 0.3, 0.2]).log().expand(1000, 4)
+    assert set(draw(logits, sampling, uniform).tolist()) == expected
 
 
-def test_top_k_and_top_p_keep_only_what_they_say(policy):
-    model, tokenizer = policy
-    engine = TransformersEngine(model, tokenizer)
-    (answers,) = engine.generate([PROMPTS[0]], n=300, top_k=2, max_new_tokens=1, stop_ids=[])
-    assert len({a.token_ids[0] for a in answers}) <= 2
-    (answers,) = engine.generate([PROMPTS[0]], n=50, top_p=1e-6, max_new_tokens=1, stop_ids=[])
-    assert len({a.token_ids[0] for a in answers}) == 1
+def test_an_empty_prompt_is_refused_and_no_prompt_gives_nothing(engine):
+    assert engine.generate([], n=2, max_new_tokens=4, stop_ids=[2]) == []
+    with pytest.raises(ValueError, match="prompts"):
+        engine.generate([[]], max_new_tokens=4, stop_ids=[2])
