@@ -1,0 +1,1 @@
+"""Verifiable rewards: boxed answers, checked by a process that can be killed."""

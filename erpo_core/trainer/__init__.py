@@ -1,0 +1,1 @@
+"""ERPOTrainer and its configuration."""

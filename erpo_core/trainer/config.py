@@ -1,0 +1,92 @@
+"""ERPOConfig: TRL's GRPOConfig with ERPO's parameters and the paper's defaults (erpo-spec section 8)."""
+
+from dataclasses import dataclass, field
+
+import torch
+from trl import GRPOConfig
+
+ALGORITHMS = ("erpo", "grpo")
+LOSS_TYPES = ("erpo", "dapo", "bnpo", "grpo")
+
+
+@dataclass
+class ERPOConfig(GRPOConfig):
+    """Everything that TRL sets otherwise is set here by name; what would silently undo ERPO is refused.
+
+    Raises:
+        ValueError: an option that ERPO does not implement, named with what to write instead.
+    """
+
+    algorithm: str = field(default="erpo", metadata={"help": "`erpo`, or `grpo`: A_i for every token, all else equal."})
+    num_buckets: int = field(default=10, metadata={"help": "K of eq. 9."})
+    gate_scale: float = field(default=1.0, metadata={"help": "gamma of eq. 8."})
+    progress_scale: float = field(default=1.0, metadata={"help": "beta_progress of eq. 7."})
+    synthesis_weight: float = field(default=0.5, metadata={"help": "eta of eq. 10."})
+    psi_std: float = field(default=1.0, metadata={"help": "sigma_target of eq. 10."})
+    stabilizer: float = field(default=1e-6, metadata={"help": "delta."})
+    progress_noise_floor: float | str = field(default="auto", metadata={"help": "A number, or `auto`: measured."})
+    noise_floor_every: int = field(default=50, metadata={"help": "Steps between measurements of the noise."})
+    entropy_stats: str = field(default="group", metadata={"help": "`group`, or `ema`."})
+    entropy_ema_decay: float = field(default=0.99, metadata={"help": "Decay of `ema`."})
+    gate: bool = field(default=True, metadata={"help": "Ablation: off is W = 1."})
+    anchor: bool = field(default=True, metadata={"help": "Ablation: off is sgn(A) = 1."})
+    norm: bool = field(default=True, metadata={"help": "Ablation: off leaves out the last normalisation."})
+    advantage_clip: float | None = field(default=None, metadata={"help": "Bound on |A^|."})
+    max_skipped_steps: int = field(default=10, metadata={"help": "Steps with a non-finite gradient before it fails."})
+    outcome_reward: str = field(default="accuracy", metadata={"help": "The reward that decides right and wrong."})
+    trace_every: int = field(default=0, metadata={"help": "Steps between kept token traces; 0 keeps none."})
+    trace_groups: int = field(default=1, metadata={"help": "Groups kept each time."})
+
+    num_generations: int = 8
+    per_device_train_batch_size: int = 8
+    gradient_accumulation_steps: int = 2
+    learning_rate: float = 5e-6
+    warmup_steps: float = 0.1
+    lr_scheduler_type: str = "cosine"
+    weight_decay: float = 0.001
+    num_train_epochs: float = 1.0
+    max_completion_length: int | None = 1024
+    beta: float = 0.04
+    epsilon: float = 0.2
+    loss_type: str = "erpo"
+    scale_rewards: str = "group"
+    use_bias_correction_kl: bool = False
+    disable_dropout: bool = True
+    gradient_checkpointing: bool = False
+    bf16: bool | None = None
+    logging_steps: float = 1
+    report_to: str | list[str] = "none"
+
+    def __post_init__(self):
+        self._refuse()
+        wanted, self.loss_type = self.loss_type, "bnpo"
+        if self.bf16 is None:
+            self.bf16 = torch.cuda.is_available() and not self.fp16
+        super().__post_init__()
+        self.loss_type = wanted
+        if self.per_device_train_batch_size % self.num_generations:
+            raise ValueError(
+                f"per_device_train_batch_size: {self.per_device_train_batch_size} must be a multiple of num_generations "
+                f"({self.num_generations}), so that whole groups share a micro-batch"
+            )
+
+    def _refuse(self) -> None:
+        for name, wanted, why in (
+            ("importance_sampling_level", "token", "a sequence ratio spreads token credit evenly again"),
+            ("scale_rewards", "group", "ERPO's group advantage is eq. 3"),
+            ("use_liger_kernel", False, "the head is scored by erpo_core.logits"),
+            ("sync_ref_model", False, "the reference is the policy that training started from"),
+            ("top_entropy_quantile", 1.0, "it would gate a second time"),
+            ("use_vllm", False, "generation is erpo_core's transformers engine"),
+            ("multi_objective_aggregation", "sum_then_normalize", "it changes eq. 3"),
+            ("mask_truncated_completions", False, "truncated responses count as the rewards say"),
+            ("off_policy_mask_threshold", None, "it tests the sign of a sequence's advantage"),
+            ("delta", None, "two-sided clipping is not part of eq. 5"),
+        ):
+            value = getattr(self, name, wanted)
+            if value != wanted and not (name == "scale_rewards" and value is True):
+                raise ValueError(f"{name}: {value!r} is not supported by ERPO ({why}); leave it at {wanted!r}")
+        if self.algorithm not in ALGORITHMS:
+            raise ValueError(f"algorithm: {self.algorithm!r} is none of {', '.join(ALGORITHMS)}")
+        if self.loss_type not in LOSS_TYPES:
+            raise ValueError(f"loss_type: {self.loss_type!r} is none of {', '.join(LOSS_TYPES)}")

@@ -1,0 +1,128 @@
+"""Log-probabilities and entropies of sampled answers by one teacher-forced pass, the prompt computed once per group."""
+
+# N = groups, G = responses a group, B = N * G, P = prompt tokens, T = completion tokens, H = hidden size
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from erpo_core.logits import TokenScores, score_tokens
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """Some groups of answers, padded: prompts on the left, completions on the right."""
+
+    prompt_ids: Tensor
+    """(N, P) int64."""
+    prompt_mask: Tensor
+    """(N, P), 1 on prompt tokens."""
+    completion_ids: Tensor
+    """(B, T) int64, rows of one group adjacent."""
+    mask: Tensor
+    """(B, T) bool, true on completion tokens."""
+
+    @property
+    def num_generations(self) -> int:
+        """G."""
+        return len(self.completion_ids) // len(self.prompt_ids)
+
+    def rows(self, start: int, end: int) -> "Rollouts":
+        """Responses ``start`` to ``end``, each as a group of its own."""
+        group = torch.arange(start, end, device=self.mask.device) // self.num_generations
+        return Rollouts(
+            self.prompt_ids[group], self.prompt_mask[group], self.completion_ids[start:end], self.mask[start:end]
+        )
+
+
+def pad_rollouts(prompts: list[list[int]], completions: list[list[int]], pad_id: int, device) -> Rollouts:
+    """Rollouts of N prompts and their B completions."""
+    width = max(len(prompt) for prompt in prompts)
+    length = max(1, *(len(completion) for completion in completions))
+    prompt_ids = torch.full((len(prompts), width), pad_id, dtype=torch.long)
+    prompt_mask = torch.zeros_like(prompt_ids)
+    for row, prompt in enumerate(prompts):
+        prompt_ids[row, width - len(prompt) :] = torch.tensor(prompt)
+        prompt_mask[row, width - len(prompt) :] = 1
+    completion_ids = torch.full((len(completions), length), pad_id, dtype=torch.long)
+    mask = torch.zeros(completion_ids.shape, dtype=torch.bool)
+    for row, completion in enumerate(completions):
+        completion_ids[row, : len(completion)] = torch.tensor(completion, dtype=torch.long)
+        mask[row, : len(completion)] = True
+    return Rollouts(prompt_ids.to(device), prompt_mask.to(device), completion_ids.to(device), mask.to(device))
+
+
+def score_rollouts(model, rollouts: Rollouts, *, temperature: float, share_prompt: bool = True) -> TokenScores:
+    """Scores of the active completion tokens, (active tokens,) in row-major order of ``rollouts.mask``.
+
+    Args:
+        model: A causal language model, LoRA in place or not, without a DDP wrapper.
+        temperature: Of the sampling distribution.
+        share_prompt: Compute each prompt once and let its G answers attend to one cache; the gradient is the same.
+
+    Raises:
+        ValueError: the model changes its logits after the head (soft-capping, scaling).
+    """
+    _check_head(model.config)
+    hidden_BTH = (_shared_hidden if share_prompt else _plain_hidden)(body_of(model), rollouts)
+    head = model.get_output_embeddings()
+    hidden_nH = hidden_BTH[rollouts.mask]
+    targets_n = rollouts.completion_ids[rollouts.mask]
+    return score_tokens(hidden_nH, head.weight, targets_n, temperature=temperature, bias=getattr(head, "bias", None))
+
+
+def body_of(model):
+    """The transformer under the head; LoRA layers are inside of it."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return base.get_decoder()
+
+
+def spread(values: Tensor, mask: Tensor) -> Tensor:
+    """(active tokens,) back to (B, T), 0 elsewhere."""
+    out = values.new_zeros(mask.shape)
+    out[mask] = values
+    return out
+
+
+def _shared_hidden(body, rollouts: Rollouts) -> Tensor:
+    group_size = rollouts.num_generations
+    prompt = body(
+        input_ids=rollouts.prompt_ids,
+        attention_mask=rollouts.prompt_mask,
+        position_ids=(rollouts.prompt_mask.cumsum(1) - 1).clamp(min=0),
+        use_cache=True,
+    )
+    first_B1H = prompt.last_hidden_state[:, -1:].repeat_interleave(group_size, 0)
+    if rollouts.completion_ids.shape[1] == 1:
+        return first_B1H
+    cache = prompt.past_key_values
+    if group_size > 1:
+        cache.batch_repeat_interleave(group_size)
+    prompt_mask_BP = rollouts.prompt_mask.repeat_interleave(group_size, 0)
+    ids_BT = rollouts.completion_ids[:, :-1]
+    steps_T = torch.arange(ids_BT.shape[1], device=ids_BT.device)
+    rest = body(
+        input_ids=ids_BT,
+        attention_mask=torch.cat([prompt_mask_BP, rollouts.mask[:, :-1].to(prompt_mask_BP.dtype)], 1),
+        position_ids=prompt_mask_BP.sum(1, keepdim=True) + steps_T,
+        past_key_values=cache,
+        use_cache=True,
+    )
+    return torch.cat([first_B1H, rest.last_hidden_state], 1)
+
+
+def _plain_hidden(body, rollouts: Rollouts) -> Tensor:
+    group_size = rollouts.num_generations
+    prompt_mask_BP = rollouts.prompt_mask.repeat_interleave(group_size, 0)
+    ids = torch.cat([rollouts.prompt_ids.repeat_interleave(group_size, 0), rollouts.completion_ids], 1)
+    mask = torch.cat([prompt_mask_BP, rollouts.mask.to(prompt_mask_BP.dtype)], 1)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    output = body(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False)
+    return output.last_hidden_state[:, rollouts.prompt_ids.shape[1] - 1 : -1]
+
+
+def _check_head(config) -> None:
+    for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
+        if getattr(config, name, None) not in (None, 1, 1.0):
+            raise ValueError(f"model: its logits are changed after the head ({name}), which is not supported")
