@@ -48,7 +48,7 @@ def rebuild(s: Session, run_id: str) -> None:
     present = set(
         s.execute(
             select(MetricBucket.name, MetricBucket.width, MetricBucket.start).where(MetricBucket.run_id == run_id)
-        ).tuples()
+        )
     )
     series: dict[str, list[Point]] = defaultdict(list)
     rows = s.execute(
@@ -126,7 +126,7 @@ def read_metrics(
     counts = select(Metric.name, func.count()).where(Metric.run_id == run_id, *_range(Metric.step, step_min, step_max))
     if names is not None:
         counts = counts.where(Metric.name.in_(names))
-    totals = s.execute(counts.group_by(Metric.name).order_by(Metric.name).limit(MAX_SERIES)).tuples().all()
+    totals = s.execute(counts.group_by(Metric.name).order_by(Metric.name).limit(MAX_SERIES)).all()
     series = {}
     for name, total in totals:
         columns = _columns(s, run_id, name, total, step_min, step_max, 0 if smoothing else max_points)
@@ -150,14 +150,14 @@ def _columns(s: Session, run_id: str, name: str, total: int, low, high, max_poin
     if not width:
         query = select(Metric.step, Metric.value, Metric.value, Metric.value)
         query = query.where(Metric.run_id == run_id, Metric.name == name, *_range(Metric.step, low, high))
-        rows = s.execute(query.order_by(Metric.step)).tuples().all()
+        rows = s.execute(query.order_by(Metric.step)).all()
     else:
         table = MetricBucket
         query = select(table.last_step, table.last, table.min, table.max)
         query = query.where(table.run_id == run_id, table.name == name, table.width == width)
         # A bucket that only touches the range belongs to it: its extremes may lie inside.
         query = query.where(*_range(table.last_step, low, None), *_range(table.start, None, high))
-        rows = s.execute(query.order_by(table.start)).tuples().all()
+        rows = s.execute(query.order_by(table.start)).all()
     step, value, least, greatest = zip(*rows, strict=True) if rows else ((), (), (), ())
     return {
         "step": np.array(step, dtype=np.int64),
