@@ -1,1 +1,1 @@
-"""Verifiable rewards: boxed answers, checked by a process that can be killed."""
+"""Rewards with verifiable answers: finding the boxed answer, checking it, scoring completions."""

@@ -1,29 +1,58 @@
-"""The answer in a response: the content of its last balanced, non-empty \\boxed{}."""
+"""Finding and tidying the final answer of a response. Standard library only."""
 
 import re
+from decimal import Decimal
 
-_BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
-MAX_ANSWER_CHARS = 2000
+# A box, an escaped character (a literal brace is no delimiter), or a brace.
+_TOKENS = re.compile(r"\\boxed\s*\{|\\.|[{}]", re.DOTALL)
+_THIN_SPACE_IN_NUMBER = re.compile(r"(?<=\d)(?:\\[,!;: ]|\{,\})(?=\d)")
+_NUMBER = re.compile(r"[+-]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|[+-]?\.\d+")
+_MAX_NUMBER_CHARS = 40
 
 
 def extract_boxed(text: str) -> str | None:
-    """Content of the last balanced \\boxed{...} that is not empty, stripped; None if there is none."""
-    for match in reversed(list(_BOX.finditer(text))):
-        content = _balanced(text, match.end())
-        if content is not None and content.strip():
-            return content.strip()
-    return None
+    """Content of the last balanced ``\\boxed{...}``, stripped; None if there is none. Linear in the text.
+
+    Of boxes within one another the inner one counts.
+    """
+    open_braces: list[int] = []  # where the content starts if the brace opens a box, otherwise -1
+    last = (-1, -1)
+    for token in _TOKENS.finditer(text):
+        piece = token[0]
+        if piece.endswith("{") and piece != "\\{":
+            open_braces.append(token.end() if len(piece) > 1 else -1)
+        elif piece == "}" and open_braces:
+            start = open_braces.pop()
+            if start > last[0]:
+                last = (start, token.start())
+    return None if last[0] < 0 else text[slice(*last)].strip()
 
 
-def _balanced(text: str, start: int) -> str | None:
-    depth, position = 1, start
-    while position < len(text):
-        char = text[position]
-        if char == "\\":
-            position += 2
-            continue
-        depth += (char == "{") - (char == "}")
-        if depth == 0:
-            return text[start:position]
-        position += 1
-    return None
+def has_answer(text: str) -> bool:
+    """Is there a balanced box with something in it? The share of such responses is Fmt."""
+    return bool(extract_boxed(text))
+
+
+def normalise(answer: str) -> str:
+    """Without dollar signs, a final stop, and thin spaces or ``{,}`` between digits, which math-verify does not read."""
+    answer = answer.strip().strip("$").strip()
+    if answer.endswith(".") and not answer.endswith(".."):
+        answer = answer[:-1].rstrip()
+    return _THIN_SPACE_IN_NUMBER.sub("", answer)
+
+
+def plain_number(answer: str) -> Decimal | None:
+    """A plain integer or decimal, thousands commas allowed; None for anything else."""
+    if len(answer) > _MAX_NUMBER_CHARS or not answer.isascii() or not _NUMBER.fullmatch(answer):
+        return None
+    return Decimal(answer.replace(",", ""))
+
+
+def same_number(gold: Decimal, answer: Decimal) -> bool:
+    """Integers exactly; otherwise equal at 6 decimals, as math-verify has it, and to one part in a million."""
+    if gold == answer:
+        return True
+    if gold == gold.to_integral_value() and answer == answer.to_integral_value():
+        return False
+    difference = abs(gold - answer)
+    return difference <= Decimal("5e-7") and difference <= abs(gold) * Decimal("1e-6")

@@ -1,74 +1,146 @@
-"""The registered reward functions, in TRL's signature: completions and columns in, one number each out."""
+"""The registered rewards, as functions of TRL's signature.
+
+Each is called with ``prompts``, ``completions`` (texts, or lists of chat turns), ``completion_ids`` and the data set's
+columns, and returns a number for each completion. ``__name__`` is the name it is reported under.
+"""
 
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from erpo_core.rewards.answers import extract_boxed
+from erpo_core.errors import SpecError
+from erpo_core.rewards.answers import has_answer
 from erpo_core.rewards.verify import Verdict, Verifier
 from erpo_core.specs.common import RewardSpec
 
-RewardFunction = Callable[..., list[float]]
+Reward = Callable[..., list[float]]
 
 
-def reward_functions(rewards: Sequence[RewardSpec], verifier: Verifier) -> list[RewardFunction]:
-    """One function per spec, named as the spec; the data set's column ``answer`` is the gold.
+def reward_functions(rewards: Sequence[RewardSpec], verifier: Verifier) -> list[Reward]:
+    """The functions of a specification, in its order. A name that comes twice gets a number: ``regex``, ``regex_2``.
 
     Raises:
-        ValueError: an argument of a reward is missing or unknown.
+        SpecError: as :func:`check_rewards`.
     """
-    return [_BUILDERS[reward.name](verifier, **reward.args) for reward in rewards]
+    check_rewards(rewards)
+    functions, seen = [], {}
+    for spec in rewards:
+        seen[spec.name] = seen.get(spec.name, 0) + 1
+        name = spec.name if seen[spec.name] == 1 else f"{spec.name}_{seen[spec.name]}"
+        functions.append(_REGISTRY[spec.name](name, verifier, **spec.args))
+    return functions
 
 
-class Accuracy:
-    """1.0 where the last boxed answer equals the gold. ``last_verdicts`` are those of the last call."""
+def check_rewards(rewards: Sequence[RewardSpec], *, pointer: str = "/rewards") -> None:
+    """Refuse arguments that a reward does not take.
 
-    __name__ = "accuracy"
+    Raises:
+        SpecError: naming the argument.
+    """
+    for index, spec in enumerate(rewards):
+        where = f"{pointer}/{index}/args"
+        cls = _REGISTRY[spec.name]
+        for name in spec.args:
+            if name not in cls.arguments:
+                known = ", ".join(cls.arguments) or "no arguments"
+                raise SpecError(f"{spec.name} takes no argument {name!r}", pointer=where, mend=f"it takes {known}")
+        try:
+            cls.check(**spec.args)
+        except (TypeError, ValueError, re.error, RecursionError, OverflowError) as error:
+            raise SpecError(f"{spec.name}: {error}", pointer=where, mend=cls.mend) from None
 
-    def __init__(self, verifier: Verifier) -> None:
+
+def completion_text(completion: str | list[dict[str, Any]]) -> str:
+    """A completion's text: itself, or the contents of its assistant turns."""
+    if isinstance(completion, str):
+        return completion
+    return "".join(turn.get("content") or "" for turn in completion if turn.get("role", "assistant") == "assistant")
+
+
+class _Function:
+    arguments: tuple[str, ...] = ()
+    mend = ""
+
+    def __init__(self, name: str, verifier: Verifier) -> None:
+        self.__name__ = name
         self._verifier = verifier
+
+    @staticmethod
+    def check() -> None:
+        """Raise ValueError for values out of range."""
+
+
+class Accuracy(_Function):
+    """1 if the last boxed answer equals the gold (column ``answer``), otherwise 0.
+
+    ``last_verdicts`` holds the verdicts of the last call, in the order of its completions.
+    """
+
+    def __init__(self, name: str, verifier: Verifier) -> None:
+        super().__init__(name, verifier)
         self.last_verdicts: list[Verdict] = []
 
-    def __call__(self, completions: list, answer: list[str], **_: Any) -> list[float]:
-        pairs = [(gold, completion_text(text)) for gold, text in zip(answer, completions, strict=True)]
-        self.last_verdicts = self._verifier.check_many(pairs)
+    def __call__(self, *, completions: list[Any], answer: list[str], **_: Any) -> list[float]:
+        texts = map(completion_text, completions)
+        self.last_verdicts = self._verifier.check_many(list(zip(answer, texts, strict=True)))
         return [float(verdict is Verdict.RIGHT) for verdict in self.last_verdicts]
 
 
-def completion_text(completion: str | list[dict[str, str]]) -> str:
-    """The text of a completion, plain or as chat turns."""
-    return completion if isinstance(completion, str) else completion[-1]["content"]
+class BoxedFormat(_Function):
+    """1 if the completion holds a balanced box with something in it, otherwise 0."""
+
+    def __call__(self, *, completions: list[Any], **_: Any) -> list[float]:
+        return [float(has_answer(completion_text(completion))) for completion in completions]
 
 
-def _boxed_format(_verifier: Verifier) -> RewardFunction:
-    def boxed_format(completions: list, **_: Any) -> list[float]:
-        """1.0 where there is a balanced, non-empty box."""
-        return [float(extract_boxed(completion_text(text)) is not None) for text in completions]
+class LengthPenalty(_Function):
+    """DAPO's soft overlong punishment: 0 up to ``max_completion_len - soft_punish_cache`` tokens, then linearly to -1."""
 
-    return boxed_format
+    arguments = ("max_completion_len", "soft_punish_cache")
+    mend = 'write for example {"max_completion_len": 1024, "soft_punish_cache": 256}'
 
+    def __init__(self, name: str, verifier: Verifier, *, max_completion_len: int, soft_punish_cache: int) -> None:
+        super().__init__(name, verifier)
+        self._longest, self._cache = max_completion_len, soft_punish_cache
 
-def _length_penalty(_verifier: Verifier, max_tokens: int = 1024) -> RewardFunction:
-    def length_penalty(completions: list, completion_ids: list[list[int]], **_: Any) -> list[float]:
-        """0 for an empty answer, falling to -1 at ``max_tokens``."""
-        return [-min(1.0, len(ids) / max_tokens) for ids in completion_ids]
+    def __call__(self, *, completion_ids: list[Sequence[int]], **_: Any) -> list[float]:
+        free = self._longest - self._cache
+        return [-min(1.0, max(0.0, (len(ids) - free) / self._cache)) for ids in completion_ids]
 
-    return length_penalty
-
-
-def _regex(_verifier: Verifier, pattern: str) -> RewardFunction:
-    compiled = re.compile(pattern)
-
-    def regex(completions: list, **_: Any) -> list[float]:
-        """1.0 where ``pattern`` is found."""
-        return [float(compiled.search(completion_text(text)) is not None) for text in completions]
-
-    return regex
+    @staticmethod
+    def check(*, max_completion_len: int, soft_punish_cache: int) -> None:
+        """Both in tokens; the cache within the length."""
+        if type(max_completion_len) is not int or type(soft_punish_cache) is not int:
+            raise ValueError("max_completion_len and soft_punish_cache must be whole numbers")
+        if not 1 <= soft_punish_cache <= max_completion_len:
+            raise ValueError("soft_punish_cache must be from 1 to max_completion_len")
 
 
-_BUILDERS: dict[str, Callable[..., RewardFunction]] = {
+class Regex(_Function):
+    """1 if the regular expression ``pattern`` is found in the completion (``.`` matches line ends), otherwise 0."""
+
+    arguments = ("pattern",)
+    mend = r'write for example {"pattern": "\\\\boxed\\{-?\\d+\\}"}'
+
+    def __init__(self, name: str, verifier: Verifier, *, pattern: str) -> None:
+        super().__init__(name, verifier)
+        self._pattern = pattern
+
+    def __call__(self, *, completions: list[Any], **_: Any) -> list[float]:
+        found = self._verifier.match_many(self._pattern, [completion_text(completion) for completion in completions])
+        return [float(verdict is Verdict.RIGHT) for verdict in found]
+
+    @staticmethod
+    def check(*, pattern: str) -> None:
+        """A pattern that compiles."""
+        if not isinstance(pattern, str):
+            raise ValueError("pattern must be text")
+        re.compile(pattern)
+
+
+_REGISTRY: dict[str, type[Any]] = {
     "accuracy": Accuracy,
-    "boxed_format": _boxed_format,
-    "length_penalty": _length_penalty,
-    "regex": _regex,
+    "boxed_format": BoxedFormat,
+    "length_penalty": LengthPenalty,
+    "regex": Regex,
 }

@@ -1,117 +1,202 @@
-"""Checking answers with a hard deadline: a verifier process that is killed and started again when it hangs."""
+"""Checking answers under a deadline, whatever the answer is."""
 
-import contextlib
 import json
 import os
 import select
 import subprocess
 import sys
+import threading
 import time
+from collections import OrderedDict, deque
 from collections.abc import Sequence
+from contextlib import suppress
 from enum import StrEnum
+from pathlib import Path
 
-from erpo_core.rewards.answers import MAX_ANSWER_CHARS, extract_boxed
+from erpo_core.errors import RunError
+from erpo_core.rewards.answers import extract_boxed, normalise, plain_number, same_number
 
-_START_SECONDS = 60.0
+MAX_ANSWER_CHARS = 2000
+_START_SECONDS = 120.0
 _CACHE_SIZE = 100_000
+_SOURCE_ROOT = str(Path(__file__).resolve().parents[2])
 
 
 class Verdict(StrEnum):
-    """What became of one check."""
+    """What became of an answer. Only ``right`` is ever credited."""
 
     RIGHT = "right"
     WRONG = "wrong"
     UNPARSABLE = "unparsable"
-    """No boxed answer, or one that means nothing."""
+    """No balanced box, an empty one, or one that holds nothing readable."""
     TIMEOUT = "timeout"
-    """The check was killed at its deadline."""
     CRASHED = "crashed"
-    """The check ran out of memory, or its process died."""
 
 
 class Verifier:
-    """One verifier process; a context manager. Works in threads of Celery workers and plain scripts alike."""
+    """A pool of verifier processes, started when first needed. A context manager; safe to share between threads.
 
-    def __init__(self, deadline_seconds: float = 5.0) -> None:
-        self._deadline = deadline_seconds
-        self._process: subprocess.Popen | None = None
-        self._pending = b""
-        self._cache: dict[tuple[str, str], Verdict] = {}
+    Args:
+        deadline: seconds for one answer; then its process is killed and another started.
+        processes: how many check at the same time.
+    """
+
+    def __init__(self, *, deadline: float = 5.0, processes: int = 1) -> None:
+        self._deadline = deadline
+        self._servers = [_Server(deadline) for _ in range(processes)]
+        self._cache: OrderedDict[tuple[str, str], Verdict] = OrderedDict()
+        self._lock = threading.Lock()
 
     def __enter__(self) -> "Verifier":
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *exc_info: object) -> None:
         self.close()
 
+    def close(self) -> None:
+        """End the processes."""
+        with self._lock:
+            for server in self._servers:
+                server.kill()
+
     def check(self, gold: str, text: str) -> Verdict:
-        """Is the last boxed answer in ``text`` equal to ``gold``?"""
-        return self.check_answer(gold, extract_boxed(text))
+        """The verdict on one response."""
+        return self.check_many([(gold, text)])[0]
 
     def check_many(self, pairs: Sequence[tuple[str, str]]) -> list[Verdict]:
-        """:meth:`check` for each (gold, text)."""
-        return [self.check(gold, text) for gold, text in pairs]
+        """Verdicts on (gold, response) pairs: the response's last box against the gold.
 
-    def check_answer(self, gold: str, answer: str | None) -> Verdict:
-        """Is an extracted answer equal to ``gold``?"""
-        if not answer or len(answer) > MAX_ANSWER_CHARS:
+        Raises:
+            RunError: ``verifier_unavailable``: no verifier process starts.
+        """
+        with self._lock:
+            keys = [(normalise(gold), normalise(extract_boxed(text) or "")) for gold, text in pairs]
+            known = {key: verdict for key in keys if (verdict := self._at_once(key)) is not None}
+            open_keys = [key for key in dict.fromkeys(keys) if key not in known]
+            asked = self._ask([{"gold": gold, "answer": answer} for gold, answer in open_keys])
+            for key, verdict in zip(open_keys, asked, strict=True):
+                known[key] = verdict
+                if verdict is not Verdict.CRASHED:
+                    self._remember(key, verdict)
+            return [known[key] for key in keys]
+
+    def match_many(self, pattern: str, texts: Sequence[str]) -> list[Verdict]:
+        """``right`` where a regular expression is found: under the deadline too, since some backtrack for ever."""
+        with self._lock:
+            return self._ask([{"pattern": pattern, "text": text} for text in texts])
+
+    def _at_once(self, key: tuple[str, str]) -> Verdict | None:
+        """The verdict where it needs no mathematics."""
+        gold, answer = key
+        if not answer or not gold or len(answer) > MAX_ANSWER_CHARS or "\0" in answer:
             return Verdict.UNPARSABLE
-        key = (gold, answer)
-        if key not in self._cache:
-            if len(self._cache) >= _CACHE_SIZE:
-                self._cache.clear()
-            self._cache[key] = self._ask(gold, answer)
-        return self._cache[key]
+        if gold == answer:
+            return Verdict.RIGHT
+        expected, found = plain_number(gold), plain_number(answer)
+        if expected is not None and found is not None:
+            return Verdict.RIGHT if same_number(expected, found) else Verdict.WRONG
+        if key in self._cache:
+            self._cache.move_to_end(key)
+        return self._cache.get(key)
 
-    def close(self) -> None:
-        """End the process."""
-        if self._process is not None:
-            self._process.kill()
-            self._process.wait()
-            self._process.stdin.close()
-            self._process.stdout.close()
-        self._process, self._pending = None, b""
+    def _remember(self, key: tuple[str, str], verdict: Verdict) -> None:
+        self._cache[key] = verdict
+        if len(self._cache) > _CACHE_SIZE:
+            self._cache.popitem(last=False)
 
-    def _ask(self, gold: str, answer: str) -> Verdict:
+    def _ask(self, requests: list[dict[str, str]]) -> list[Verdict]:
+        """Hand the requests to whichever process is free, and kill those that overrun."""
+        verdicts: list[Verdict | None] = [None] * len(requests)
+        waiting = deque(enumerate(requests))
+        busy: dict[_Server, int] = {}
+        try:
+            while waiting or busy:
+                for server in self._servers:
+                    if waiting and server not in busy:
+                        index, request = waiting.popleft()
+                        server.send(request)
+                        busy[server] = index
+                for server, verdict in _answered(list(busy)):
+                    verdicts[busy.pop(server)] = verdict
+        except BaseException:
+            for server in busy:  # its answer would be taken for that of the next request
+                server.kill()
+            raise
+        return [verdict or Verdict.CRASHED for verdict in verdicts]
+
+
+def _answered(busy: list["_Server"]) -> list[tuple["_Server", Verdict]]:
+    """Wait until one has answered, died or overrun."""
+    wait = max(0.0, min(server.expires for server in busy) - time.monotonic())
+    readable, _, _ = select.select([server.output for server in busy], [], [], wait)
+    now, found = time.monotonic(), []
+    for server in busy:
+        if server.output in readable:
+            verdict = server.receive()
+            if verdict is not None:
+                found.append((server, verdict))
+                continue
+        if now >= server.expires:
+            server.kill()
+            found.append((server, Verdict.TIMEOUT))
+    return found
+
+
+class _Server:
+    """One verifier process, or none yet."""
+
+    def __init__(self, deadline: float) -> None:
+        self._deadline = deadline
+        self._process: subprocess.Popen[bytes] | None = None
+        self._buffer = b""
+        self.expires = 0.0
+
+    @property
+    def output(self) -> int:
+        """File descriptor to wait on."""
+        return self._process.stdout.fileno()
+
+    def send(self, request: dict[str, str]) -> None:
+        """Pass a request on, and start the clock."""
+        line = json.dumps(request).encode() + b"\n"
         if self._process is None:
             self._start()
-        try:
-            self._process.stdin.write(json.dumps([gold, answer]).encode() + b"\n")
+        self.expires = time.monotonic() + self._deadline
+        with suppress(BrokenPipeError):  # a process that has just died is seen when its answer is read
+            self._process.stdin.write(line)
             self._process.stdin.flush()
-            line = self._read_line(self._deadline)
-        except (BrokenPipeError, EOFError):
-            self.close()
+
+    def receive(self) -> Verdict | None:
+        """What came: a verdict, ``crashed`` if the process is gone, None if the line is not complete yet."""
+        block = os.read(self.output, 65536)
+        self._buffer += block
+        if not block:
+            self.kill()
             return Verdict.CRASHED
-        if line is None:
-            self.close()
-            return Verdict.TIMEOUT
-        return Verdict(json.loads(line))
+        if not self._buffer.endswith(b"\n"):
+            return None
+        line, self._buffer = self._buffer, b""
+        return Verdict(json.loads(line)["verdict"])
+
+    def kill(self) -> None:
+        """End the process; the next request starts another."""
+        process, self._process, self._buffer = self._process, None, b""
+        if process is None:
+            return
+        process.kill()
+        process.wait()
+        with suppress(BrokenPipeError):
+            process.stdin.close()
+        process.stdout.close()
 
     def _start(self) -> None:
-        command = [sys.executable, "-m", "erpo_core.rewards.verify_server"]
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        self._process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            env=environment,
-            bufsize=0,
-        )
-        # Imports are paid here and not against the first answer's deadline.
-        with contextlib.suppress(BrokenPipeError, EOFError):
-            self._process.stdin.write(b'["\\\\frac{1}{2}", "0.5"]\n')
-            self._read_line(_START_SECONDS)
-
-    def _read_line(self, seconds: float) -> bytes | None:
-        end = time.monotonic() + seconds
-        while b"\n" not in self._pending:
-            ready, _, _ = select.select([self._process.stdout], [], [], max(0.0, end - time.monotonic()))
-            if not ready:
-                return None
-            data = os.read(self._process.stdout.fileno(), 65536)
-            if not data:
-                raise EOFError
-            self._pending += data
-        line, _, self._pending = self._pending.partition(b"\n")
-        return line
+        # The environment stays: its marker is how a supervisor finds what belongs to an attempt.
+        path = os.pathsep.join(filter(None, [_SOURCE_ROOT, os.environ.get("PYTHONPATH", "")]))
+        env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+        # multiprocessing's pools fail inside Celery's daemonic workers; a plain process works everywhere.
+        command = [sys.executable, "-m", "erpo_core.rewards.verify_server", str(self._deadline + 5)]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env)
+        ready, _, _ = select.select([self.output], [], [], _START_SECONDS)
+        if not ready or not self._process.stdout.readline():
+            self.kill()
+            raise RunError("the verifier process does not start; its log says why", code="verifier_unavailable")

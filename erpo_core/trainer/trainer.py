@@ -40,6 +40,8 @@ class MicroBatch:
     groups_in_step: int
     tokens_in_step: int
     old: "Scored | None" = None
+    last_scored: "Scored | None" = None
+    verdicts: list[str] | None = None
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,9 @@ class ERPOTrainer(GRPOTrainer):
         self.rollout_log: list[MicroBatch] = []
         self._noise = 0.0
         self._entropy_moments: tuple[float, float] | None = None
+        loss_type, args.loss_type = args.loss_type, "bnpo"
         super().__init__(model=model, reward_funcs=reward_funcs, args=args, **kwargs)
+        args.loss_type = loss_type
         self._check_batches()
         self._reference = self._make_reference()
 
@@ -126,6 +130,7 @@ class ERPOTrainer(GRPOTrainer):
         with self._timed("rewards"):
             per_function = self._calculate_rewards(examples, prompts, completions, completion_ids)
         per_function = per_function[self._local_rows(len(prompts))]
+        verdicts = self._last_verdicts()
         # A response that no function judged is NaN: it is left out of its group.
         weights = self.reward_weights.to(per_function.device)
         rewards = (per_function * weights).nansum(1).masked_fill(per_function.isnan().all(1), torch.nan)
@@ -149,6 +154,7 @@ class ERPOTrainer(GRPOTrainer):
                     examples=examples[part],
                     completions=[_text(completion) for completion in completions[part]],
                     reward_rows={name: per_function[part, i] for i, name in enumerate(self.reward_func_names)},
+                    verdicts=verdicts[part] if verdicts else None,
                     groups_in_step=len(in_step) // self.num_generations * self.accelerator.num_processes,
                     tokens_in_step=sum(map(len, in_step)) * self.accelerator.num_processes,
                 )
@@ -169,6 +175,13 @@ class ERPOTrainer(GRPOTrainer):
     def _outcome_index(self) -> int:
         names = self.reward_func_names
         return names.index(self.args.outcome_reward) if self.args.outcome_reward in names else 0
+
+    def _last_verdicts(self) -> list[str] | None:
+        for function in self.reward_funcs:
+            verdicts = getattr(function, "last_verdicts", None)
+            if verdicts:
+                return [str(verdict) for verdict in verdicts]
+        return None
 
     def _is_on_policy(self) -> bool:
         """One optimizer step for each generation: the policy that is differentiated is the one that sampled."""
@@ -300,6 +313,7 @@ class ERPOTrainer(GRPOTrainer):
             epsilon_high=args.epsilon if args.epsilon_high is None else args.epsilon_high,
             beta=self.beta,
         )
+        batch.last_scored = scored
         self._record(batch, scored, terms)
         # DDP averages the ranks' gradients, the weights are those of the whole step.
         return terms.loss * self.accelerator.num_processes

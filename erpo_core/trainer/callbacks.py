@@ -1,0 +1,187 @@
+"""From the trainer's callbacks to records: metrics, completions, traces, checkpoints, and the wish to stop."""
+
+import json
+import os
+import shutil
+import time
+from collections import Counter
+from hashlib import file_digest
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+from erpo_core.errors import RunError
+from erpo_core.job import Stop
+from erpo_core.records import Checkpoint, Completions, Metrics, Progress, Sink
+from erpo_core.trainer.traces import trace_records
+
+_IGNORED_METRICS = {"epoch", "total_flos", "train_loss", "train_runtime"}
+
+
+class RecordCallback(TrainerCallback):
+    """Reports each step to a sink. ``trainer`` is set once the trainer exists."""
+
+    def __init__(self, sink: Sink, stop: Stop, accuracy, checkpoints: Path, origin: dict[str, Any]) -> None:
+        self.trainer = None
+        self.last: dict[str, float] = {}
+        self._sink, self._stop, self._accuracy, self._origin = sink, stop, accuracy, origin
+        self._checkpoints = checkpoints
+        self._started = time.monotonic()
+        self._step_started = self._started
+        self._first_step = 0
+        self._tokens = 0
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._started = self._step_started = time.monotonic()
+        self._first_step = state.global_step
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if not logs or "loss" not in logs:
+            return
+        now = time.monotonic()
+        seconds, self._step_started = now - self._step_started, now
+        metrics = {name: value for name, value in logs.items() if name not in _IGNORED_METRICS}
+        batches, self.trainer.rollout_log = self.trainer.rollout_log, []
+        tokens = sum(int(batch.rollouts.mask.sum()) for batch in batches)
+        self._tokens += tokens
+        metrics |= self._verdicts(batches) | {"time/step": seconds, "tokens_per_second": tokens / seconds}
+        metrics["memory/peak_bytes"] = _peak_bytes()
+        self.last = metrics
+        self._sink.emit(Metrics(state.global_step, metrics))
+        if batches:
+            self._sink.emit(Completions(state.global_step, _completion_rows(batches, self.trainer.num_generations)))
+        traces, self.trainer.traces = self.trainer.traces, []
+        for trace in traces:
+            for record in trace_records(trace, self.trainer, self._origin):
+                self._sink.emit(record)
+        self._sink.emit(Progress("train", state.global_step, state.max_steps, self._progress(state, metrics)))
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self._stop.requested:
+            control.should_save = True
+            control.should_training_stop = True
+
+    def on_save(self, args, state, control, **kwargs):
+        source = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        target = self._checkpoints / f"step-{state.global_step}"
+        if target.exists():
+            return
+        files = publish(source, target, state.global_step)
+        data = {name: self.last.get(name) for name in ("reward", "entropy", "kl")}
+        self._sink.emit(Checkpoint(state.global_step, str(target), files, data))
+
+    def _progress(self, state, metrics: dict[str, float]) -> dict[str, Any]:
+        done = max(1, state.global_step - self._first_step)
+        elapsed = time.monotonic() - self._started
+        return {
+            "reward": metrics.get("reward"),
+            "entropy": metrics.get("entropy"),
+            "tokens_per_second": metrics["tokens_per_second"],
+            "eta_seconds": elapsed / done * (state.max_steps - state.global_step),
+        }
+
+    def _verdicts(self, batches: list) -> dict[str, float]:
+        verdicts = Counter(self._accuracy.last_verdicts if self._accuracy and batches else ())
+        return {f"verdict/{name}": count / verdicts.total() for name, count in verdicts.items()}
+
+
+class SkipNonFinite(TrainerCallback):
+    """A step whose gradient is not finite is skipped and counted; after ``max_skipped_steps`` the job fails."""
+
+    def __init__(self, max_skipped_steps: int) -> None:
+        self.skipped = 0
+        self._limit = max_skipped_steps
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        if not gradients or torch.isfinite(torch.stack([g.float().norm() for g in gradients]).sum()):
+            return
+        self.skipped += 1
+        model.zero_grad(set_to_none=True)
+        if self.skipped > self._limit:
+            bad = [name for name, p in model.named_parameters() if p.requires_grad and not torch.isfinite(p).all()]
+            raise RunError(
+                f"{self.skipped} steps had a gradient that is not finite, the last one step {state.global_step + 1}; "
+                f"weights that are not finite: {', '.join(bad[:5]) or 'none'}",
+                code="nonfinite_loss",
+            )
+
+
+def publish(source: Path, target: Path, step: int) -> list[dict[str, Any]]:
+    """Make a checkpoint whole before it has its name: files synced, a manifest with their sha256, then the rename.
+
+    Returns:
+        One ``{name, sha256, size}`` per file.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_suffix(".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.move(source, partial)
+    files = []
+    for path in sorted(p for p in partial.rglob("*") if p.is_file()):
+        with path.open("rb") as file:
+            digest = file_digest(file, "sha256").hexdigest()
+            os.fsync(file.fileno())
+        files.append({"name": str(path.relative_to(partial)), "sha256": digest, "size": path.stat().st_size})
+    manifest = partial / "manifest.json"
+    with manifest.open("w") as file:
+        json.dump({"step": step, "files": files}, file)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.rename(target)
+    folder = os.open(target.parent, os.O_RDONLY)
+    os.fsync(folder)
+    os.close(folder)
+    return files
+
+
+def verify_checkpoint(folder: Path) -> bool:
+    """Whether every file of the manifest is there as it was written."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text())
+        for entry in manifest["files"]:
+            with (folder / entry["name"]).open("rb") as file:
+                if file_digest(file, "sha256").hexdigest() != entry["sha256"]:
+                    return False
+    except (OSError, ValueError, KeyError):
+        return False
+    return True
+
+
+def _completion_rows(batches: list, group_size: int) -> list[dict[str, Any]]:
+    rows, first_group = [], 0
+    for batch in batches:
+        scored = batch.last_scored
+        advantages = scored.signals.group_advantages.tolist() if scored else [None] * len(batch.examples)
+        for index, example in enumerate(batch.examples):
+            group = first_group + index // group_size
+            rewards = {name: float(values[index]) for name, values in batch.reward_rows.items()}
+            rows.append(
+                {
+                    "prompt_id": str(example.get("prompt_id", f"group-{group}")),
+                    "group": group,
+                    "sample": index % group_size,
+                    "prompt": example.get("problem") or str(example["prompt"]),
+                    "completion": batch.completions[index],
+                    "gold": example.get("answer"),
+                    "rewards": rewards,
+                    "reward": float(batch.rewards[index]),
+                    "advantage": advantages[index],
+                    "verdict": batch.verdicts[index] if batch.verdicts else None,
+                    "boxed": bool(rewards.get("boxed_format", 0) > 0),
+                    "truncated": not bool(batch.finished[index]),
+                    "num_tokens": int(batch.rollouts.mask[index].sum()),
+                }
+            )
+        first_group += len(batch.examples) // group_size
+    return rows
+
+
+def _peak_bytes() -> int:
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
