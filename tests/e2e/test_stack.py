@@ -10,7 +10,7 @@ from service.client import ErpoClient
 pytestmark = pytest.mark.timeout(240)
 
 SPEC = {
-    "dataset": "reasoning-gym:chain_sum?num_terms=2&min_digits=1&max_digits=1&size=16&seed=3",
+    "dataset": "reasoning-gym:chain_sum?min_terms=2&max_terms=2&min_digits=1&max_digits=1&size=16&seed=3",
     "num_generations": 4,
     "generation_batch_size": 8,
     "max_completion_length": 12,
