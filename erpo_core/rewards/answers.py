@@ -34,7 +34,7 @@ def has_answer(text: str) -> bool:
 
 
 def normalise(answer: str) -> str:
-    """Without dollar signs, a final stop, and thin spaces or ``{,}`` between digits, which math-verify does not read."""
+    """Without dollar signs, a final stop, and the thin spaces in numbers that math-verify does not read."""
     answer = answer.strip().strip("$").strip()
     if answer.endswith(".") and not answer.endswith(".."):
         answer = answer[:-1].rstrip()

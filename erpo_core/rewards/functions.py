@@ -94,7 +94,7 @@ class BoxedFormat(_Function):
 
 
 class LengthPenalty(_Function):
-    """DAPO's soft overlong punishment: 0 up to ``max_completion_len - soft_punish_cache`` tokens, then linearly to -1."""
+    """DAPO's soft overlong punishment: 0 up to ``max_completion_len - soft_punish_cache`` tokens, falling to -1."""
 
     arguments = ("max_completion_len", "soft_punish_cache")
     mend = 'write for example {"max_completion_len": 1024, "soft_punish_cache": 256}'

@@ -1,11 +1,12 @@
 """``python -m erpo_core.rewards.verify_server``: checks answers, one JSON line in, one JSON line out.
 
 Runs as a process of its own because nothing else bounds math-verify: its time-outs are signals, some expressions never
-return from inside C, and others take all memory. The parent kills it on overrun; here are only the bounds that must hold
-when the parent is gone: memory, and processor time per request.
+return from inside C, and others take all memory. The parent kills it on overrun; here are only the bounds that must
+hold when the parent is gone: memory, and processor time per request.
 """
 
 import json
+import logging
 import os
 import re
 import resource
@@ -25,6 +26,7 @@ def main() -> None:
     # Whatever a library prints must not get between the answers.
     out = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
+    logging.disable(logging.WARNING)  # math-verify warns at every call that its own time-out is off
     import math_verify  # noqa: F401
 
     _reply(out, {"ready": True})
