@@ -195,7 +195,11 @@ class _Server:
         env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
         # multiprocessing's pools fail inside Celery's daemonic workers; a plain process works everywhere.
         command = [sys.executable, "-m", "erpo_core.rewards.verify_server", str(self._deadline + 5)]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env)
+        # A session of its own: the SIGTERM that asks a job's process group to leave must not turn its last step's
+        # answers into wrong ones.
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env, start_new_session=True
+        )
         ready, _, _ = select.select([self.output], [], [], _START_SECONDS)
         if not ready or not self._process.stdout.readline():
             self.kill()
