@@ -1,6 +1,6 @@
 """What a job's entry function receives beside its specification and its sink."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -30,8 +30,13 @@ class JobInputs:
     data_root: Path | None = None
     model_roots: tuple[Path, ...] = ()
     resume_from: Path | None = None
-    stored: frozenset[tuple[str, int]] = field(default_factory=frozenset)
-    """(prompt_id, sample) of the answers that an earlier attempt of an evaluation has stored."""
+    stored_rows: tuple[dict[str, Any], ...] = ()
+    """Completion rows that earlier attempts of an evaluation have stored."""
+
+    @property
+    def stored(self) -> frozenset[tuple[str, int]]:
+        """(prompt_id, sample) of the stored answers."""
+        return frozenset((row["prompt_id"], row["sample"]) for row in self.stored_rows)
 
     @classmethod
     def from_json(cls, body: dict[str, Any]) -> "JobInputs":
@@ -47,7 +52,7 @@ class JobInputs:
             data_root=_path(body["data_root"]),
             model_roots=tuple(Path(root) for root in body["model_roots"]),
             resume_from=_path(body["resume_from"]),
-            stored=frozenset((prompt, sample) for prompt, sample in body["stored"]),
+            stored_rows=tuple(body["stored_rows"]),
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -62,7 +67,7 @@ class JobInputs:
             "data_root": _text(self.data_root),
             "model_roots": [str(root) for root in self.model_roots],
             "resume_from": _text(self.resume_from),
-            "stored": sorted(self.stored),
+            "stored_rows": list(self.stored_rows),
         }
 
 

@@ -31,7 +31,7 @@ def resolve_inputs(session: Session, claim: Claim, settings: Settings) -> JobInp
         # A run that trained every weight is a base model for others, and lies among the artifacts.
         model_roots=(*settings.model_roots, settings.artifacts_dir),
         resume_from=_resume_from(session, claim),
-        stored=_stored(session, claim),
+        stored_rows=_stored_rows(session, claim),
     )
 
 
@@ -83,7 +83,7 @@ def _existing(folder: Path) -> Path:
     return folder
 
 
-def _stored(session: Session, claim: Claim) -> frozenset[tuple[str, int]]:
+def _stored_rows(session: Session, claim: Claim) -> tuple[dict[str, Any], ...]:
     if claim.kind != "evaluate" or claim.attempt == 1:
-        return frozenset()
-    return frozenset(runs.stored_answers(session, claim.run_id))
+        return ()
+    return tuple(runs.stored_answers(session, claim.run_id))

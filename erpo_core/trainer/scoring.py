@@ -64,7 +64,7 @@ def score_rollouts(model, rollouts: Rollouts, *, temperature: float, share_promp
     Raises:
         ValueError: the model changes its logits after the head (soft-capping, scaling).
     """
-    _check_head(model.config)
+    check_head(model.config)
     hidden_BTH = (_shared_hidden if share_prompt else _plain_hidden)(body_of(model), rollouts)
     head = model.get_output_embeddings()
     hidden_nH = hidden_BTH[rollouts.mask]
@@ -122,7 +122,8 @@ def _plain_hidden(body, rollouts: Rollouts) -> Tensor:
     return output.last_hidden_state[:, rollouts.prompt_ids.shape[1] - 1 : -1]
 
 
-def _check_head(config) -> None:
+def check_head(config) -> None:
+    """Raises ValueError for a model that changes its logits after the head."""
     for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
         if getattr(config, name, None) not in (None, 1, 1.0):
             raise ValueError(f"model: its logits are changed after the head ({name}), which is not supported")

@@ -1,5 +1,7 @@
 """Runs and what they leave: completions, checkpoints, the answers of evaluations."""
 
+from typing import Any
+
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
@@ -7,6 +9,7 @@ from service.db.jobs import get_run, has_tag
 from service.db.measured import Checkpoint, Completion
 from service.db.models import Job, Run
 from service.db.paging import Page, read_page
+from service.db.types import clamp
 
 __all__ = ["get_run", "list_checkpoints", "list_completions", "list_items", "list_runs", "stored_answers"]
 
@@ -46,11 +49,11 @@ def list_completions(
     """Sampled answers in the order in which they were stored."""
     query = select(Completion).where(Completion.run_id == run_id)
     if step is not None:
-        query = query.where(Completion.step == step)
+        query = query.where(Completion.step == clamp(step))
     if step_min is not None:
-        query = query.where(Completion.step >= step_min)
+        query = query.where(Completion.step >= clamp(step_min))
     if step_max is not None:
-        query = query.where(Completion.step <= step_max)
+        query = query.where(Completion.step <= clamp(step_max))
     if verdict is not None:
         query = query.where(Completion.verdict == verdict)
     return read_page(s, query, Completion.id, cursor=cursor, limit=limit, newest_first=False)
@@ -63,10 +66,11 @@ def list_items(
     return list_completions(s, run_id, verdict=verdict, cursor=cursor, limit=limit)
 
 
-def stored_answers(s: Session, run_id: str) -> list[tuple[str, int]]:
-    """(prompt_id, sample) of every stored answer of an evaluation."""
-    query = select(Completion.prompt_id, Completion.sample).where(Completion.run_id == run_id)
-    return [tuple(row) for row in s.execute(query)]
+def stored_answers(s: Session, run_id: str) -> list[dict[str, Any]]:
+    """Every stored answer of an evaluation, without its prompt."""
+    names = ("prompt_id", "sample", "completion", "verdict", "boxed", "truncated", "num_tokens")
+    query = select(*(getattr(Completion, name) for name in names)).where(Completion.run_id == run_id)
+    return [dict(zip(names, row, strict=True)) for row in s.execute(query)]
 
 
 def list_checkpoints(s: Session, run_id: str) -> list[Checkpoint]:

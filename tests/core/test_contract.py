@@ -96,6 +96,7 @@ def test_job_inputs_travel_as_json(tmp_path):
         work_dir=tmp_path,
         cache_dir=tmp_path / "cache",
         model=ModelInput("smollm2-135m", tmp_path / "adapter"),
-        stored=frozenset({("p", 0), ("p", 1)}),
+        stored_rows=({"prompt_id": "p", "sample": 0}, {"prompt_id": "p", "sample": 1}),
     )
+    assert inputs.stored == {("p", 0), ("p", 1)}
     assert JobInputs.from_json(inputs.to_json()) == inputs
