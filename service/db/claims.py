@@ -16,7 +16,8 @@ from service.db.rewind import delete_after
 from service.db.states import ACTIVE
 from service.db.types import now
 
-_CANDIDATES = 200
+_CANDIDATES = 10_000
+"""Jobs looked at for one claim: more than a queue holds, so that those which wait for others hide nothing."""
 _UNDER_WAY = {"pausing": "paused", "cancelling": "cancelled"}
 """What a job becomes whose attempt ends without having been asked to."""
 
@@ -47,29 +48,44 @@ def claim_next(s: Session, *, queues: list[str], worker_id: str, lease_seconds: 
     worker = s.get(Worker, worker_id)
     if worker is not None and worker.is_draining:
         return None
-    waiting = s.scalars(
-        select(Job)
+    waiting = s.execute(
+        select(Job.id, Job.depends_on)
         .where(Job.status == "queued", Job.queue.in_(queues), Job.deleted_at.is_(None))
         .order_by(Job.priority.desc(), Job.queued_at, Job.id)
         .limit(_CANDIDATES)
-        .with_for_update(skip_locked=True)
-        .execution_options(populate_existing=True)
-    )
-    for job in waiting.all():
-        if _is_eligible(s, job):
+    ).all()
+    for job_id, depends_on in waiting:
+        parents = _parents(s, depends_on)
+        if parents == "waiting":
+            continue
+        job = _lock_queued(s, job_id)
+        if job is None:
+            continue
+        if parents == "succeeded":
             return _claim(s, job, worker_id, lease_seconds)
+        set_status(s, job, "cancelled", "dependency_failed")
     return None
 
 
-def _is_eligible(s: Session, job: Job) -> bool:
-    if not job.depends_on:
-        return True
-    parents = dict(s.execute(select(Job.run_id, Job.status).where(Job.run_id.in_(job.depends_on))).all())
-    statuses = [parents.get(run_id, "failed") for run_id in job.depends_on]
-    if any(status in ("failed", "cancelled") for status in statuses):
-        set_status(s, job, "cancelled", "dependency_failed")
-        return False
-    return all(status == "succeeded" for status in statuses)
+def _lock_queued(s: Session, job_id: str) -> Job | None:
+    """The job's row, locked, if it waits still and nobody else is about to take it.
+
+    Only this row is locked: a worker that claims at the same moment passes over it to the next job.
+    """
+    query = select(Job).where(Job.id == job_id, Job.status == "queued", Job.deleted_at.is_(None))
+    query = query.with_for_update(skip_locked=True).execution_options(populate_existing=True)
+    return s.scalars(query).one_or_none()
+
+
+def _parents(s: Session, depends_on: list[str]) -> str:
+    """``succeeded``: all of them; ``failed``: one has ended otherwise or is unknown; else ``waiting``."""
+    if not depends_on:
+        return "succeeded"
+    known = dict(s.execute(select(Job.run_id, Job.status).where(Job.run_id.in_(depends_on))).all())
+    statuses = {known.get(run_id, "failed") for run_id in depends_on}
+    if statuses & {"failed", "cancelled"}:
+        return "failed"
+    return "succeeded" if statuses == {"succeeded"} else "waiting"
 
 
 def _claim(s: Session, job: Job, worker_id: str, lease_seconds: float) -> Claim:
@@ -91,10 +107,11 @@ def _rewind(s: Session, job: Job) -> None:
     if job.kind == "evaluate":
         return
     last = s.scalar(select(func.max(Checkpoint.step)).where(Checkpoint.run_id == job.run_id))
+    # Without a checkpoint the run begins anew: what it recorded at step 0 goes as well.
     to_step = -1 if last is None else last
     if delete_after(s, job.run_id, to_step):
-        to_step = max(to_step, 0)
-        append_event(s, job, "run.rewound", f"back to step {to_step}", data={"to_step": to_step})
+        message = "back to the beginning" if last is None else f"back to step {to_step}"
+        append_event(s, job, "run.rewound", message, data={"to_step": to_step})
 
 
 def own_job(s: Session, job_id: str, attempt: int) -> Job:
@@ -149,9 +166,9 @@ def finish_attempt(
     job.lease_expires_at, job.worker_id = None, None
     if outcome == "failed":
         job.error = error
-    if outcome == "requeued":
-        # What the user asked for in the last moment holds: the job does not go back into the queue.
-        outcome = _UNDER_WAY.get(job.status, "queued")
+    if outcome in ("requeued", "paused"):
+        # What the user asked for in the last moment holds: the job does not go back into the queue, nor wait for it.
+        outcome = _UNDER_WAY.get(job.status, "queued" if outcome == "requeued" else outcome)
     set_status(s, job, outcome, reason)
     job.desired_status = None
 
@@ -162,15 +179,20 @@ def running_leases(s: Session) -> list[Lease]:
     return [Lease(*row) for row in rows]
 
 
-def expire_attempt(s: Session, job_id: str, attempt: int) -> str | None:
+def expire_attempt(s: Session, job_id: str, attempt: int, heartbeat_seq: int | None = None) -> str | None:
     """Take the job from a silent worker: ``queued`` again, or ``failed: worker_lost`` after ``max_retries``.
 
+    Args:
+        heartbeat_seq: the counter that stood still; a heartbeat since then keeps the job where it is.
+
     Returns:
-        The new status; None if the attempt does not own the job any more.
+        The new status; None if the attempt does not own the job any more, or has been heard since.
     """
     try:
         job = own_job(s, job_id, attempt)
     except FencedError:
+        return None
+    if heartbeat_seq is not None and job.heartbeat_seq != heartbeat_seq:
         return None
     wanted = _UNDER_WAY.get(job.status)
     job.lease_expires_at, job.worker_id = None, None

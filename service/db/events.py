@@ -8,6 +8,7 @@ from sqlalchemy.orm import Session
 
 from service.db.ids import new_id
 from service.db.models import Job, JobEvent
+from service.db.types import clamp
 
 
 def append_event(
@@ -32,7 +33,7 @@ def append_event(
 
 def list_events(s: Session, job_id: str, after_seq: int = 0, limit: int = 50) -> list[JobEvent]:
     """Events after ``after_seq`` in order."""
-    query = select(JobEvent).where(JobEvent.job_id == job_id, JobEvent.seq > after_seq)
+    query = select(JobEvent).where(JobEvent.job_id == job_id, JobEvent.seq > clamp(after_seq))
     return list(s.scalars(query.order_by(JobEvent.seq).limit(limit)))
 
 

@@ -34,7 +34,9 @@ def begin(s: Session, principal: str, key: str, fingerprint: str) -> Idempotency
     insert = insert_postgresql if s.get_bind().dialect.name == "postgresql" else insert_sqlite
     if s.execute(insert(IdempotencyKey).values(**values).on_conflict_do_nothing()).rowcount == 1:
         return None
-    row = s.get_one(IdempotencyKey, (principal, key))
+    row = s.get(IdempotencyKey, (principal, key), with_for_update=True)
+    if row is None:
+        raise _in_progress()
     if row.fingerprint != fingerprint:
         raise SpecError(
             "this Idempotency-Key came with another request",
@@ -47,12 +49,18 @@ def begin(s: Session, principal: str, key: str, fingerprint: str) -> Idempotency
     if now() - row.created_at > TAKEN_OVER_AFTER:
         row.created_at = now()
         return None
-    raise ConflictError("a request with this Idempotency-Key is being worked on", code="idempotency_in_progress")
+    raise _in_progress()
 
 
 def complete(s: Session, principal: str, key: str, *, status: int, body: dict[str, Any]) -> None:
-    """Store the answer of a successful effect."""
-    row = s.get_one(IdempotencyKey, (principal, key))
+    """Store the answer of a successful effect, in its transaction.
+
+    Raises:
+        ConflictError: another request took the key over and was faster; the effect must not be committed.
+    """
+    row = s.get(IdempotencyKey, (principal, key), with_for_update=True, populate_existing=True)
+    if row is None or row.status is not None:
+        raise _in_progress()
     row.status, row.body = status, body
 
 
@@ -61,3 +69,7 @@ def release(s: Session, principal: str, key: str) -> None:
     row = s.get(IdempotencyKey, (principal, key))
     if row is not None and row.status is None:
         s.delete(row)
+
+
+def _in_progress() -> ConflictError:
+    return ConflictError("a request with this Idempotency-Key is being worked on", code="idempotency_in_progress")

@@ -13,7 +13,7 @@ from service.db.ids import new_id
 from service.db.models import Job, Run
 from service.db.paging import Page, read_page
 from service.db.states import ACTIVE, check_transition
-from service.db.types import now
+from service.db.types import now, storable
 
 
 def create_job(
@@ -131,8 +131,9 @@ def list_jobs(
 
 def has_tag(tag: str) -> ColumnElement[bool]:
     """Whether a job carries a tag; tags are a JSON list of texts."""
-    escaped = json.dumps(tag, ensure_ascii=False).replace("\\", "\\\\").replace("%", "\\%").replace("_", "\\_")
-    return cast(Job.tags, String).like(f"%{escaped}%", escape="\\")
+    # LIKE would ignore the case on SQLite; replace() is exact on both databases.
+    text = cast(Job.tags, String)
+    return func.replace(text, json.dumps(storable(tag), ensure_ascii=False), "") != text
 
 
 def count_queued(s: Session) -> int:

@@ -3,11 +3,11 @@
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import BigInteger, Boolean, Float, ForeignKey, Index, Integer, String, Text, UniqueConstraint
+from sqlalchemy import BigInteger, Boolean, Float, ForeignKey, Index, Integer, UniqueConstraint, false
 from sqlalchemy.orm import Mapped, mapped_column
 
 from service.db.models import Base, Id
-from service.db.types import now
+from service.db.types import LongText, ShortText, now
 
 
 class Metric(Base):
@@ -16,7 +16,7 @@ class Metric(Base):
     __tablename__ = "metrics"
 
     run_id: Mapped[str] = mapped_column(ForeignKey("runs.id"), primary_key=True)
-    name: Mapped[str] = mapped_column(String(120), primary_key=True)
+    name: Mapped[str] = mapped_column(ShortText(120), primary_key=True)
     step: Mapped[int] = mapped_column(BigInteger, primary_key=True, autoincrement=False)
     value: Mapped[float | None]
 
@@ -27,7 +27,7 @@ class MetricBucket(Base):
     __tablename__ = "metric_buckets"
 
     run_id: Mapped[str] = mapped_column(ForeignKey("runs.id"), primary_key=True)
-    name: Mapped[str] = mapped_column(String(120), primary_key=True)
+    name: Mapped[str] = mapped_column(ShortText(120), primary_key=True)
     width: Mapped[int] = mapped_column(Integer, primary_key=True, autoincrement=False)
     start: Mapped[int] = mapped_column(BigInteger, primary_key=True, autoincrement=False)
     count: Mapped[int] = mapped_column(Integer)
@@ -44,7 +44,7 @@ class RunSummary(Base):
     __tablename__ = "run_summary"
 
     run_id: Mapped[str] = mapped_column(ForeignKey("runs.id"), primary_key=True)
-    name: Mapped[str] = mapped_column(String(120), primary_key=True)
+    name: Mapped[str] = mapped_column(ShortText(120), primary_key=True)
     last: Mapped[float | None]
     min: Mapped[float | None]
     max: Mapped[float | None]
@@ -63,16 +63,16 @@ class Completion(Base):
     id: Mapped[str] = mapped_column(Id, primary_key=True)
     run_id: Mapped[str] = mapped_column(ForeignKey("runs.id"))
     step: Mapped[int] = mapped_column(BigInteger)
-    prompt_id: Mapped[str] = mapped_column(String(200))
+    prompt_id: Mapped[str] = mapped_column(ShortText(200))
     group: Mapped[int] = mapped_column(Integer, default=0)
     sample: Mapped[int] = mapped_column(Integer)
-    prompt: Mapped[str] = mapped_column(Text, default="")
-    completion: Mapped[str] = mapped_column(Text)
-    gold: Mapped[str | None] = mapped_column(Text)
+    prompt: Mapped[str] = mapped_column(LongText, default="")
+    completion: Mapped[str] = mapped_column(LongText)
+    gold: Mapped[str | None] = mapped_column(LongText)
     rewards: Mapped[dict[str, Any]] = mapped_column(default=dict)
     reward: Mapped[float | None] = mapped_column(Float)
     advantage: Mapped[float | None] = mapped_column(Float)
-    verdict: Mapped[str | None] = mapped_column(String(40))
+    verdict: Mapped[str | None] = mapped_column(ShortText(40))
     boxed: Mapped[bool] = mapped_column(Boolean, default=False)
     truncated: Mapped[bool] = mapped_column(Boolean, default=False)
     num_tokens: Mapped[int] = mapped_column(Integer, default=0)
@@ -88,9 +88,12 @@ class Checkpoint(Base):
     run_id: Mapped[str] = mapped_column(ForeignKey("runs.id"))
     attempt: Mapped[int] = mapped_column(Integer)
     step: Mapped[int] = mapped_column(BigInteger)
-    path: Mapped[str] = mapped_column(Text)
+    path: Mapped[str] = mapped_column(LongText)
     files: Mapped[list[Any]]
     data: Mapped[dict[str, Any]] = mapped_column(default=dict)
+    pinned: Mapped[bool] = mapped_column(Boolean, default=False, server_default=false())
+    """Never removed to make room."""
+    alias: Mapped[str | None] = mapped_column(ShortText(200))
     created_at: Mapped[datetime] = mapped_column(default=now)
 
 
@@ -104,11 +107,11 @@ class Sequence(Base):
     run_id: Mapped[str] = mapped_column(ForeignKey("runs.id"))
     n: Mapped[int] = mapped_column(Integer)
     step: Mapped[int] = mapped_column(BigInteger)
-    prompt_id: Mapped[str] = mapped_column(String(200))
+    prompt_id: Mapped[str] = mapped_column(ShortText(200))
     group: Mapped[int] = mapped_column(Integer, default=0)
     sample: Mapped[int] = mapped_column(Integer)
-    prompt: Mapped[str] = mapped_column(Text, default="")
-    completion: Mapped[str] = mapped_column(Text, default="")
+    prompt: Mapped[str] = mapped_column(LongText, default="")
+    completion: Mapped[str] = mapped_column(LongText, default="")
     num_tokens: Mapped[int] = mapped_column(Integer)
     reward: Mapped[float | None] = mapped_column(Float)
     advantage: Mapped[float | None] = mapped_column(Float)
@@ -141,5 +144,5 @@ class Pivot(Base):
     n: Mapped[int] = mapped_column(Integer)
     entropy: Mapped[float]
     logp: Mapped[float | None]
-    token: Mapped[str] = mapped_column(Text, default="")
+    token: Mapped[str] = mapped_column(LongText, default="")
     alternatives: Mapped[list[Any]] = mapped_column(default=list)

@@ -12,10 +12,12 @@ from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from service.db.measured import Metric, MetricBucket, RunSummary
+from service.db.types import clamp
 
 WIDTHS = (64, 1024, 16384)
 MAX_SERIES = 200
 Point = tuple[int, float | None]
+BucketKey = tuple[str, int, int]
 
 
 def write_metrics(s: Session, run_id: str, steps: dict[int, dict[str, float | None]]) -> None:
@@ -59,22 +61,33 @@ def rebuild(s: Session, run_id: str) -> None:
     _summarise(s, run_id, series, kept=present)
 
 
-def _summarise(s: Session, run_id: str, series: dict[str, list[Point]], kept: Iterable = ()) -> None:
-    buckets: dict[tuple[str, int, int], list[Point]] = defaultdict(list)
+def _summarise(s: Session, run_id: str, series: dict[str, list[Point]], kept: Iterable[BucketKey] = ()) -> None:
+    buckets: dict[BucketKey, list[Point]] = defaultdict(list)
     for name, points in series.items():
         for width in WIDTHS:
             for step, value in points:
                 buckets[name, width, step // width * width].append((step, value))
+    buckets = {key: points for key, points in buckets.items() if key not in kept}
+    stored = _stored_buckets(s, run_id, buckets)
     for key, points in buckets.items():
-        if key not in kept:
-            _extend_bucket(s, run_id, key, points)
+        _extend_bucket(s, run_id, key, points, stored.get(key))
+    summaries = {row.name: row for row in s.scalars(select(RunSummary).where(RunSummary.run_id == run_id))}
     for name, points in series.items():
-        _extend_summary(s, run_id, name, points)
+        _extend_summary(s, run_id, name, points, summaries.get(name))
     s.flush()
 
 
-def _extend_bucket(s: Session, run_id: str, key: tuple[str, int, int], points: list[Point]) -> None:
-    bucket = s.get(MetricBucket, (run_id, *key))
+def _stored_buckets(s: Session, run_id: str, keys: Iterable[BucketKey]) -> dict[BucketKey, MetricBucket]:
+    """Those of the buckets that exist, in one query: a flush of many names must not ask for each."""
+    starts = {start for _, _, start in keys}
+    if not starts:
+        return {}
+    query = select(MetricBucket).where(MetricBucket.run_id == run_id)
+    query = query.where(MetricBucket.start >= min(starts), MetricBucket.start <= max(starts))
+    return {(row.name, row.width, row.start): row for row in s.scalars(query)}
+
+
+def _extend_bucket(s: Session, run_id: str, key: BucketKey, points: list[Point], bucket: MetricBucket | None) -> None:
     if bucket is None:
         name, width, start = key
         bucket = MetricBucket(run_id=run_id, name=name, width=width, start=start, count=0, last_step=-1)
@@ -86,8 +99,7 @@ def _extend_bucket(s: Session, run_id: str, key: tuple[str, int, int], points: l
         bucket.last_step, bucket.last = points[-1]
 
 
-def _extend_summary(s: Session, run_id: str, name: str, points: list[Point]) -> None:
-    row = s.get(RunSummary, (run_id, name))
+def _extend_summary(s: Session, run_id: str, name: str, points: list[Point], row: RunSummary | None) -> None:
     if row is None:
         row = RunSummary(run_id=run_id, name=name, steps=0)
         s.add(row)
@@ -123,10 +135,7 @@ def read_metrics(
     ``smoothing`` is the weight alpha of the newest point: y_0 = x_0, y_t = alpha x_t + (1 - alpha) y_(t-1), over the
     stored points, before they are put into buckets; nulls are skipped.
     """
-    counts = select(Metric.name, func.count()).where(Metric.run_id == run_id, *_range(Metric.step, step_min, step_max))
-    if names is not None:
-        counts = counts.where(Metric.name.in_(names))
-    totals = s.execute(counts.group_by(Metric.name).order_by(Metric.name).limit(MAX_SERIES)).all()
+    totals = _totals(s, run_id, names, step_min, step_max)
     series = {}
     for name, total in totals:
         columns = _columns(s, run_id, name, total, step_min, step_max, 0 if smoothing else max_points)
@@ -140,8 +149,23 @@ def read_metrics(
     return series
 
 
+def _totals(s: Session, run_id: str, names: list[str] | None, low: int | None, high: int | None) -> list:
+    """(name, stored points in the range) of each series. The whole history was counted when it was written."""
+    if low is None and high is None:
+        query, name = select(RunSummary.name, RunSummary.steps).where(RunSummary.run_id == run_id), RunSummary.name
+    else:
+        query, name = select(Metric.name, func.count()).where(Metric.run_id == run_id), Metric.name
+        query = query.where(*_range(Metric.step, low, high)).group_by(name)
+    if names is not None:
+        query = query.where(name.in_(names))
+    return list(s.execute(query.order_by(name).limit(MAX_SERIES)))
+
+
 def _range(column, low: int | None, high: int | None) -> list:
-    return [*([column >= low] if low is not None else []), *([column <= high] if high is not None else [])]
+    return [
+        *([column >= clamp(low)] if low is not None else []),
+        *([column <= clamp(high)] if high is not None else []),
+    ]
 
 
 def _columns(s: Session, run_id: str, name: str, total: int, low, high, max_points: int) -> dict[str, np.ndarray]:

@@ -3,13 +3,13 @@
 from datetime import datetime
 from typing import Any, ClassVar
 
-from sqlalchemy import BigInteger, Boolean, ForeignKey, Index, Integer, String, Text, UniqueConstraint
+from sqlalchemy import BigInteger, Boolean, ForeignKey, Index, Integer, UniqueConstraint
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from service.db.states import ACTIVE, is_terminal
-from service.db.types import Blob, Json, UtcDateTime, now
+from service.db.types import Blob, Json, LongText, ShortText, UtcDateTime, now
 
-Id = String(40)
+Id = ShortText(40)
 
 
 class Base(DeclarativeBase):
@@ -25,12 +25,18 @@ class Run(Base):
 
     id: Mapped[str] = mapped_column(Id, primary_key=True)
     job_id: Mapped[str | None] = mapped_column(Id, index=True)
-    kind: Mapped[str] = mapped_column(String(20))
+    kind: Mapped[str] = mapped_column(ShortText(20))
     spec: Mapped[dict[str, Any]]
     target: Mapped[str | None] = mapped_column(Id, index=True)
     """The run whose checkpoint this one works on."""
     resolved: Mapped[dict[str, Any] | None]
     result: Mapped[dict[str, Any] | None]
+    project: Mapped[str | None] = mapped_column(ShortText(200))
+    notes: Mapped[str | None] = mapped_column(LongText)
+    origin: Mapped[str] = mapped_column(ShortText(20), default="job", server_default="job")
+    """``job``: computed here; ``external``: reported by a trainer that runs elsewhere."""
+    init_from: Mapped[str | None] = mapped_column(Id)
+    """The checkpoint that the first weights came from."""
     num_sequences: Mapped[int] = mapped_column(Integer, default=0)
     created_at: Mapped[datetime] = mapped_column(default=now)
     deleted_at: Mapped[datetime | None]
@@ -44,23 +50,23 @@ class Job(Base):
 
     id: Mapped[str] = mapped_column(Id, primary_key=True)
     run_id: Mapped[str] = mapped_column(ForeignKey("runs.id"), index=True)
-    kind: Mapped[str] = mapped_column(String(20))
-    owner: Mapped[str | None] = mapped_column(String(64), index=True)
-    name: Mapped[str | None] = mapped_column(String(200))
+    kind: Mapped[str] = mapped_column(ShortText(20))
+    owner: Mapped[str | None] = mapped_column(ShortText(64), index=True)
+    name: Mapped[str | None] = mapped_column(ShortText(200))
     tags: Mapped[list[Any]] = mapped_column(default=list)
-    model: Mapped[str] = mapped_column(String(200), default="")
-    queue: Mapped[str] = mapped_column(String(40), default="default")
+    model: Mapped[str] = mapped_column(ShortText(200), default="")
+    queue: Mapped[str] = mapped_column(ShortText(40), default="default")
     priority: Mapped[int] = mapped_column(Integer, default=0)
     depends_on: Mapped[list[Any]] = mapped_column(default=list)
     time_limit_seconds: Mapped[float | None]
     max_retries: Mapped[int] = mapped_column(Integer, default=2)
     num_retries: Mapped[int] = mapped_column(Integer, default=0)
 
-    status: Mapped[str] = mapped_column(String(20), default="queued")
-    status_reason: Mapped[str | None] = mapped_column(String(60))
-    desired_status: Mapped[str | None] = mapped_column(String(20))
+    status: Mapped[str] = mapped_column(ShortText(20), default="queued")
+    status_reason: Mapped[str | None] = mapped_column(ShortText(60))
+    desired_status: Mapped[str | None] = mapped_column(ShortText(20))
     attempt: Mapped[int] = mapped_column(Integer, default=0)
-    worker_id: Mapped[str | None] = mapped_column(String(200))
+    worker_id: Mapped[str | None] = mapped_column(ShortText(200))
     heartbeat_seq: Mapped[int] = mapped_column(BigInteger, default=0)
     lease_expires_at: Mapped[datetime | None]
     event_seq: Mapped[int] = mapped_column(BigInteger, default=0)
@@ -96,9 +102,9 @@ class JobEvent(Base):
     run_id: Mapped[str] = mapped_column(Id)
     seq: Mapped[int] = mapped_column(BigInteger)
     attempt: Mapped[int] = mapped_column(Integer)
-    type: Mapped[str] = mapped_column(String(60))
-    level: Mapped[str] = mapped_column(String(10), default="info")
-    message: Mapped[str] = mapped_column(Text, default="")
+    type: Mapped[str] = mapped_column(ShortText(60))
+    level: Mapped[str] = mapped_column(ShortText(10), default="info")
+    message: Mapped[str] = mapped_column(LongText, default="")
     data: Mapped[dict[str, Any]] = mapped_column(default=dict)
     created_at: Mapped[datetime] = mapped_column(default=now)
 
@@ -120,10 +126,10 @@ class ApiKey(Base):
     __tablename__ = "api_keys"
 
     id: Mapped[str] = mapped_column(Id, primary_key=True)
-    digest: Mapped[str] = mapped_column(String(64), unique=True)
-    owner: Mapped[str | None] = mapped_column(String(64))
-    scope: Mapped[str] = mapped_column(String(10))
-    name: Mapped[str | None] = mapped_column(String(200))
+    digest: Mapped[str] = mapped_column(ShortText(64), unique=True)
+    owner: Mapped[str | None] = mapped_column(ShortText(64))
+    scope: Mapped[str] = mapped_column(ShortText(10))
+    name: Mapped[str | None] = mapped_column(ShortText(200))
     created_at: Mapped[datetime] = mapped_column(default=now)
     revoked_at: Mapped[datetime | None]
 
@@ -133,9 +139,9 @@ class IdempotencyKey(Base):
 
     __tablename__ = "idempotency_keys"
 
-    principal: Mapped[str] = mapped_column(String(64), primary_key=True)
-    key: Mapped[str] = mapped_column(String(255), primary_key=True)
-    fingerprint: Mapped[str] = mapped_column(String(64))
+    principal: Mapped[str] = mapped_column(ShortText(64), primary_key=True)
+    key: Mapped[str] = mapped_column(ShortText(255), primary_key=True)
+    fingerprint: Mapped[str] = mapped_column(ShortText(64))
     status: Mapped[int | None]
     body: Mapped[dict[str, Any] | None]
     created_at: Mapped[datetime] = mapped_column(default=now)
@@ -147,8 +153,8 @@ class Worker(Base):
 
     __tablename__ = "workers"
 
-    id: Mapped[str] = mapped_column(String(200), primary_key=True)
-    host: Mapped[str] = mapped_column(String(200))
+    id: Mapped[str] = mapped_column(ShortText(200), primary_key=True)
+    host: Mapped[str] = mapped_column(ShortText(200))
     pid: Mapped[int] = mapped_column(Integer)
     queues: Mapped[list[Any]]
     is_draining: Mapped[bool] = mapped_column(Boolean, default=False)
@@ -162,9 +168,9 @@ class Dataset(Base):
     __tablename__ = "datasets"
 
     id: Mapped[str] = mapped_column(Id, primary_key=True)
-    owner: Mapped[str | None] = mapped_column(String(64))
-    name: Mapped[str] = mapped_column(String(200))
-    sha256: Mapped[str] = mapped_column(String(64))
+    owner: Mapped[str | None] = mapped_column(ShortText(64))
+    name: Mapped[str] = mapped_column(ShortText(200))
+    sha256: Mapped[str] = mapped_column(ShortText(64))
     size_bytes: Mapped[int] = mapped_column(BigInteger)
     num_rows: Mapped[int] = mapped_column(Integer)
     created_at: Mapped[datetime] = mapped_column(default=now)

@@ -16,4 +16,4 @@ def count_jobs(s: Session) -> list[tuple[str, str, int]]:
 def current_jobs(s: Session) -> dict[str, str]:
     """{worker id: id of the job that it works on}."""
     query = select(Job.worker_id, Job.id).where(Job.status.in_(ACTIVE), Job.worker_id.is_not(None))
-    return dict(s.execute(query).tuples().all())
+    return dict(s.execute(query).all())

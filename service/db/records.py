@@ -15,6 +15,7 @@ from service.db.jobs import set_status
 from service.db.measured import Checkpoint, Completion, Pivot, Sequence, TraceBlob
 from service.db.metrics import write_metrics
 from service.db.models import Job, LogChunk, Run
+from service.db.types import storable
 
 _COMPLETION_FIELDS = (
     "group",
@@ -115,11 +116,11 @@ def _completions(s: Session, job: Job, run: Run, record: wire.Completions) -> No
     query = query.where(Completion.prompt_id.in_({row["prompt_id"] for row in record.rows}))
     stored = {(row.prompt_id, row.sample): row for row in s.scalars(query)}
     for body in record.rows:
-        row = stored.get((body["prompt_id"], body["sample"]))
+        key = (storable(body["prompt_id"]), body["sample"])
+        row = stored.get(key)
         if row is None:
-            row = Completion(id=new_id("cmp"), run_id=run.id, step=record.step)
-            row.prompt_id, row.sample = body["prompt_id"], body["sample"]
-            stored[row.prompt_id, row.sample] = row
+            row = Completion(id=new_id("cmp"), run_id=run.id, step=record.step, prompt_id=key[0], sample=key[1])
+            stored[key] = row
             s.add(row)
         _fill(row, body, _COMPLETION_FIELDS)
     append_event(s, job, "completion.batch", data={"step": record.step, "count": len(record.rows)})
@@ -174,9 +175,7 @@ def _ended(s: Session, job: Job, run: Run, record: wire.Ended) -> None:
 def _fill(row: Any, body: dict[str, Any], names: tuple[str, ...]) -> None:
     for name in names:
         if name in body and body[name] is not None:
-            value = body[name]
-            # NUL is legal in a model's output and illegal in PostgreSQL's text.
-            setattr(row, name, value.replace("\0", "\ufffd") if isinstance(value, str) else value)
+            setattr(row, name, body[name])
 
 
 _WRITERS: dict[type, Callable[..., None]] = {

@@ -1,21 +1,22 @@
 """Token traces: sequences of a run, ranges of their channels, pivots, histograms."""
 
 from sqlalchemy import func, select
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import Session, defer
 
 from erpo_core.codec import TraceReader
 from erpo_core.errors import NotFoundError
 from service.db.measured import Pivot, Sequence, TraceBlob
 from service.db.paging import Page, read_page
+from service.db.types import clamp
 
 
 def list_sequences(
     s: Session, run_id: str, *, step: int | None = None, cursor: str | None = None, limit: int = 50
 ) -> Page:
-    """Sequences by ``n``."""
-    query = select(Sequence).where(Sequence.run_id == run_id)
+    """Sequences by ``n``, without the texts of their tokens, which may not be read from these rows."""
+    query = select(Sequence).where(Sequence.run_id == run_id).options(defer(Sequence.tokens, raiseload=True))
     if step is not None:
-        query = query.where(Sequence.step == step)
+        query = query.where(Sequence.step == clamp(step))
     return read_page(s, query, Sequence.n, cursor=cursor, limit=limit, newest_first=False)
 
 
@@ -26,7 +27,7 @@ def count_sequences(s: Session, run_id: str) -> int:
 
 def get_sequence(s: Session, run_id: str, n: int) -> Sequence:
     """Raises NotFoundError where the run has no sequence ``n``."""
-    row = s.scalars(select(Sequence).filter_by(run_id=run_id, n=n)).one_or_none()
+    row = s.scalars(select(Sequence).filter_by(run_id=run_id, n=clamp(n))).one_or_none()
     if row is None:
         raise NotFoundError(f"run {run_id} has no sequence {n}")
     return row
