@@ -1,55 +1,83 @@
-"""From stored answers to the numbers of an evaluation; nothing is generated, and another k costs nothing."""
+"""From sampled answers to the numbers of an evaluation. Light: stored answers give the same numbers again.
 
-from collections import Counter, defaultdict
+A row: ``prompt_id``, ``sample``, ``completion``, ``verdict``, ``boxed``, ``truncated``, ``num_tokens``.
+"""
+
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from erpo_core.passk import interval, majority, pass_at_k
-from erpo_core.rewards.answers import extract_boxed
+from erpo_core.passk import bootstrap_interval, maj_at_k, pass_at_k
+from erpo_core.rewards.answers import extract_boxed, normalise, plain_number
+from erpo_core.specs.evaluate import EvaluateSpec
+
+Row = dict[str, Any]
 
 
-def summarise(rows: Iterable[dict[str, Any]], pass_at: Sequence[int] = (1,)) -> dict[str, Any]:
-    """Acc, Fmt, pass@k, maj@k and lengths with 95% intervals over problems.
+def summarise(rows: Iterable[Row], spec: EvaluateSpec) -> dict[str, Any]:
+    """``acc``, ``fmt``, ``mean_length``, ``pass_at``, ``maj_at`` with intervals over problems; shares and counts.
 
-    Args:
-        rows: Completion rows: ``prompt_id``, ``sample``, ``completion``, ``verdict``, ``boxed``, ``truncated``,
-            ``num_tokens``.
-        pass_at: k; those above the number of samples are left out.
+    An answer that comes twice counts once. pass@k and maj@k are given for the k of ``spec.pass_at`` that every
+    problem has samples for.
+
+    Raises:
+        ValueError: no row.
     """
-    problems: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    by_problem: dict[str, dict[int, Row]] = {}
     for row in rows:
-        problems[row["prompt_id"]].append(row)
-    groups = [sorted(group, key=lambda row: row["sample"]) for _, group in sorted(problems.items())]
-    samples = min(map(len, groups), default=0)
-    answers = [row for group in groups for row in group]
-    verdicts = Counter(row["verdict"] for row in answers)
+        by_problem.setdefault(row["prompt_id"], {})[row["sample"]] = row
+    problems = [[samples[i] for i in sorted(samples)] for _, samples in sorted(by_problem.items())]
+    every = [row for samples in problems for row in samples]
+    if not every:
+        raise ValueError("summarise: no answer")
+    fewest = min(map(len, problems))
+    seed = spec.sampling.seed
+    ks = [k for k in sorted(set(spec.pass_at)) if 1 <= k <= fewest]
+    pass_at = {k: [pass_at_k(len(p), _num_right(p, spec), k) for p in problems] for k in ks}
+    maj_at = {k: [maj_at_k(*_votes(p, spec), k, seed=seed) for p in problems] for k in ks}
+    lengths = sorted(row["num_tokens"] for row in every)
+    verdicts = Counter(str(row["verdict"]) for row in every)
     return {
-        "acc": _mean_of(groups, is_right),
-        "fmt": _mean_of(groups, lambda row: bool(row["boxed"])),
-        "mean_length": _mean_of(groups, lambda row: row["num_tokens"]),
-        "truncated": _mean_of(groups, lambda row: bool(row["truncated"])),
-        "pass_at": {str(k): interval([_pass(group, k) for group in groups]) for k in pass_at if k <= samples},
-        "maj_at": {str(samples): interval([_majority_is_right(group) for group in groups])} if samples else {},
-        "verdicts": {name: count / len(answers) for name, count in sorted(verdicts.items())},
-        "num_problems": len(groups),
-        "num_samples": samples,
+        "acc": _interval([_num_right(p, spec) / len(p) for p in problems], seed),
+        "fmt": _interval([_mean([row["boxed"] for row in p]) for p in problems], seed),
+        "mean_length": _interval([_mean([row["num_tokens"] for row in p]) for p in problems], seed),
+        "median_length": lengths[len(lengths) // 2],
+        "truncated": _mean([row["truncated"] for row in every]),
+        "pass_at": {str(k): _interval(values, seed) for k, values in pass_at.items()},
+        "maj_at": {str(k): _interval(values, seed) for k, values in maj_at.items()},
+        "verdicts": {name: count / len(every) for name, count in sorted(verdicts.items())},
+        "num_problems": len(problems),
+        "num_samples": fewest,
+        "num_answers": len(every),
     }
 
 
-def is_right(row: dict[str, Any]) -> bool:
-    """Whether an answer counts."""
-    return row["verdict"] == "right"
+def is_right(row: Row, spec: EvaluateSpec) -> bool:
+    """Is the answer credited? The verdict says what stood in the box, the specification whether a cut answer counts."""
+    return row["verdict"] == "right" and not (row["truncated"] and spec.truncated_boxed == "wrong")
 
 
-def _mean_of(groups: list[list[dict[str, Any]]], value) -> dict[str, float | None]:
-    return interval([sum(map(value, group)) / len(group) for group in groups])
+def _num_right(samples: Sequence[Row], spec: EvaluateSpec) -> int:
+    return sum(is_right(row, spec) for row in samples)
 
 
-def _pass(group: list[dict[str, Any]], k: int) -> float:
-    return pass_at_k(len(group), sum(map(is_right, group)), k)
+def _votes(samples: Sequence[Row], spec: EvaluateSpec) -> tuple[list[Any], list[bool]]:
+    """Right answers vote together, whatever they are written like; others by their tidied text or number."""
+    right = [is_right(row, spec) for row in samples]
+    votes = [("right",) if good else _vote(row) for row, good in zip(samples, right, strict=True)]
+    return votes, right
 
 
-def _majority_is_right(group: list[dict[str, Any]]) -> bool:
-    answers = [extract_boxed(row["completion"]) for row in group]
-    chosen = majority(answers)
-    return chosen is not None and is_right(group[answers.index(chosen)])
+def _vote(row: Row) -> Any:
+    text = normalise(extract_boxed(row["completion"]) or "")
+    number = plain_number(text)
+    return text or None if number is None else number.normalize()
+
+
+def _interval(values: Sequence[float], seed: int) -> dict[str, float]:
+    low, high = bootstrap_interval(values, seed=seed)
+    return {"value": _mean(values), "low": low, "high": high}
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)

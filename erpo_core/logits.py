@@ -18,7 +18,7 @@ _BLOCK_ELEMENTS = 2**24
 
 @dataclass(frozen=True)
 class TokenScores:
-    """One value per token, (N,). All float32 but ``ranks`` (int32, 0 = most likely); only ``logps`` carries gradient."""
+    """One value per token, (N,). All float32 but ``ranks`` (int32, 0 = best); ``logps`` alone carries gradient."""
 
     logps: Tensor
     entropies: Tensor

@@ -1,4 +1,4 @@
-"""A language model of random weights and a byte-level tokenizer, for tests that need the real classes but no download."""
+"""A language model of random weights and a byte-level tokenizer, for tests that need real classes and no download."""
 
 from pathlib import Path
 

@@ -3,6 +3,7 @@
 import math
 from collections import defaultdict
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 
@@ -55,7 +56,7 @@ def _mark(values: np.ndarray, offsets: np.ndarray, detector: DetectorSpec, seed:
     if detector.kind == "absolute":
         return allowed & (values >= threshold)
     if detector.kind == "transient":
-        peaks = [_peaks(values[a:b], threshold) for a, b in zip(offsets[:-1], offsets[1:], strict=True)]
+        peaks = [_peaks(values[a:b], threshold) for a, b in pairwise(offsets)]
         return allowed & np.concatenate(peaks)
     z = (values - np.nanmean(values)) / (np.nanstd(values) + 1e-6)
     score = z if detector.kind == "zscore" else 1 / (1 + np.exp(-z))

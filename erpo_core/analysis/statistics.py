@@ -3,7 +3,7 @@
 import numpy as np
 
 HISTOGRAM_EDGES = np.concatenate([[0.0], np.geomspace(1e-4, 12.0, 64)[:-1], [np.inf]])
-"""Edges in nats of the 64 bins: the first holds [0, 1e-4), the last all that is beyond the others; log-spaced between."""
+"""Edges in nats of the 64 bins: the first holds [0, 1e-4), the last all beyond the others; log-spaced between."""
 
 
 def sequence_stats(entropies: np.ndarray) -> tuple[dict[str, float | None], list[int]]:

@@ -66,8 +66,8 @@ class ERPOConfig(GRPOConfig):
         self.loss_type = wanted
         if self.per_device_train_batch_size % self.num_generations:
             raise ValueError(
-                f"per_device_train_batch_size: {self.per_device_train_batch_size} must be a multiple of num_generations "
-                f"({self.num_generations}), so that whole groups share a micro-batch"
+                f"per_device_train_batch_size: {self.per_device_train_batch_size} must be a multiple of "
+                f"num_generations ({self.num_generations}), so that whole groups share a micro-batch"
             )
 
     def _refuse(self) -> None:

@@ -2,6 +2,7 @@
 
 import os
 import time
+from pathlib import Path
 
 import pytest
 
@@ -110,5 +111,5 @@ def test_closing_ends_the_processes():
 def test_memory_is_bounded():
     with Verifier(deadline=60) as verifier:
         verifier.check("2x+1", boxed("1+2x"))
-        limits = open(f"/proc/{verifier._servers[0]._process.pid}/limits").read()
+        limits = Path(f"/proc/{verifier._servers[0]._process.pid}/limits").read_text()
         assert str(2 * 2**30) in next(line for line in limits.splitlines() if "address space" in line)
