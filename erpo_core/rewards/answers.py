@@ -11,7 +11,7 @@ _MAX_NUMBER_CHARS = 40
 
 
 def extract_boxed(text: str) -> str | None:
-    """Content of the last balanced ``\\boxed{...}``, stripped; None if there is none. Linear in the text.
+    """Content of the last balanced ``\\boxed{...}``, stripped; None if there is none or it is empty. Linear in the text.
 
     Of boxes within one another the inner one counts.
     """
@@ -25,12 +25,12 @@ def extract_boxed(text: str) -> str | None:
             start = open_braces.pop()
             if start > last[0]:
                 last = (start, token.start())
-    return None if last[0] < 0 else text[slice(*last)].strip()
+    return (text[slice(*last)].strip() or None) if last[0] >= 0 else None
 
 
 def has_answer(text: str) -> bool:
     """Is there a balanced box with something in it? The share of such responses is Fmt."""
-    return bool(extract_boxed(text))
+    return extract_boxed(text) is not None
 
 
 def normalise(answer: str) -> str:
