@@ -1,8 +1,8 @@
 """The blob of one traced sequence: named columns in compressed blocks of 256 tokens, readable by range.
 
-Layout: ``"ERPT" | u8 version | u32 header length | header (UTF-8 JSON) | blocks``, integers big-endian. The header
-holds the number of tokens, each channel's name, dtype and block sizes, and the crc32 of everything after it. A block is its
-values little-endian, byte-shuffled (all first bytes, then all second bytes, ...), then zlib level 1.
+Layout: ``"ERPT" | u8 version | u32 header length | header (UTF-8 JSON) | blocks``, integers big-endian. The
+header holds the number of tokens, each channel's name, dtype and block sizes, and the crc32 of everything after it. A
+block is its values little-endian, byte-shuffled (all first bytes, then all second bytes, ...), then zlib level 1.
 """
 
 import json

@@ -23,8 +23,8 @@ def token_weights(
     """(B, T) float32 weights of a micro-batch's tokens; over the whole optimizer step they sum to about 1.
 
     ``erpo``: 1 / (groups in the step x active tokens of the group), eq. 5. ``dapo``: 1 / tokens in the step. ``bnpo``:
-    1 / tokens of the micro-batch, weighted by its share of the groups. ``grpo``: 1 / (responses in the step x tokens of the
-    response).
+    1 / tokens of the micro-batch, weighted by its share of the groups. ``grpo``: 1 / (responses in the step x tokens
+    of the response).
 
     Raises:
         ValueError: ``loss_type`` is unknown.

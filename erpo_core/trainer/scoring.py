@@ -28,9 +28,9 @@ class Rollouts:
         """G."""
         return len(self.completion_ids) // len(self.prompt_ids)
 
-    def rows(self, start: int, end: int) -> "Rollouts":
-        """Responses ``start`` to ``end``, each as a group of its own."""
-        group = torch.arange(start, end, device=self.mask.device) // self.num_generations
+    def part(self, start: int, end: int) -> "Rollouts":
+        """Responses ``start`` to ``end``, which belong to one group."""
+        group = slice(start // self.num_generations, start // self.num_generations + 1)
         return Rollouts(
             self.prompt_ids[group], self.prompt_mask[group], self.completion_ids[start:end], self.mask[start:end]
         )

@@ -22,9 +22,6 @@ from erpo_core.trainer.config import ERPOConfig
 from erpo_core.trainer.measures import signal_metrics
 from erpo_core.trainer.scoring import Rollouts, pad_rollouts, score_rollouts, spread
 
-_NOISE_ROWS = 16
-_NOISE_CHUNK = 4
-
 
 @dataclass
 class MicroBatch:
@@ -271,14 +268,16 @@ class ERPOTrainer(GRPOTrainer):
 
     @torch.no_grad()
     def _measure_noise(self, rollouts: Rollouts) -> None:
-        """The same tokens at another batch size: what differs is rounding, and s cannot be told from it."""
-        rows = min(_NOISE_ROWS, len(rollouts.mask))
+        """The same tokens at another batch size, half a group at a time: what differs is rounding."""
+        size = self.num_generations
+        step = max(1, size // 2)
         policy = self.accelerator.unwrap_model(self.model)
         with self._timed("noise"), self._deterministic(policy):
-            whole = self._scores(policy, rollouts.rows(0, rows)).logps
+            whole = self._scores(policy, rollouts).logps
             parts = [
-                self._scores(policy, rollouts.rows(start, min(start + _NOISE_CHUNK, rows))).logps
-                for start in range(0, rows, _NOISE_CHUNK)
+                self._scores(policy, rollouts.part(start, min(start + step, first + size))).logps
+                for first in range(0, len(rollouts.mask), size)
+                for start in range(first, first + size, step)
             ]
         self._noise = self.args.progress_scale * (whole - torch.cat(parts)).std(correction=0).item()
 
