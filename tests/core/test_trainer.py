@@ -1,0 +1,255 @@
+"""ERPOTrainer on a tiny model: gradients against the plain path and TRL's, records, checkpoints, resume."""
+
+import json
+from collections import defaultdict
+
+import numpy as np
+import pytest
+import torch
+
+from erpo_core.codec import decode_trace
+from erpo_core.job import JobInputs, ModelInput
+from erpo_core.loss import erpo_loss, token_weights
+from erpo_core.specs import parse_spec
+from erpo_core.specs.train import ErpoTrainSpec, GrpoTrainSpec
+from erpo_core.trainer.callbacks import verify_checkpoint
+from erpo_core.trainer.config import ERPOConfig
+from erpo_core.trainer.run import ERPO_ONLY, PASSED_THROUGH, make_config, run_training
+from erpo_core.trainer.scoring import pad_rollouts, score_rollouts
+from tiny_model import make_tiny_model
+
+DATASET = "reasoning-gym:chain_sum?min_terms=2&max_terms=2&min_digits=1&max_digits=1&size=16&seed=3"
+DERIVED = {
+    "model",
+    "dataset",
+    "prompt",
+    "rewards",
+    "lora",
+    "hardware",
+    "job",
+    "bf16",
+    "max_length",
+    "scoring_dtype",
+}
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return make_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture
+def policy(tiny):
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
+    model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
+    return model.eval()
+
+
+def rollouts():
+    generator = torch.Generator().manual_seed(1)
+    prompts = [torch.randint(3, 100, (length,), generator=generator).tolist() for length in (5, 9)]
+    lengths = (4, 1, 7, 3, 6, 2)
+    return pad_rollouts(prompts, [torch.randint(3, 100, (n,), generator=generator).tolist() for n in lengths], 0, "cpu")
+
+
+def gradient(model, share_prompt: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    model.zero_grad()
+    scores = score_rollouts(model, rollouts(), temperature=0.8, share_prompt=share_prompt)
+    (scores.logps * torch.linspace(-1, 1, len(scores.logps))).sum().backward()
+    grads = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
+    return scores.logps.detach(), torch.cat(grads)
+
+
+def test_a_prompt_computed_once_gives_the_scores_and_the_gradient_of_the_plain_path(policy):
+    shared, shared_gradient = gradient(policy, True)
+    plain, plain_gradient = gradient(policy, False)
+    torch.testing.assert_close(shared, plain, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(shared_gradient, plain_gradient, atol=1e-5, rtol=1e-4)
+    assert plain_gradient.abs().max() > 1e-3
+
+
+def test_scores_are_those_of_the_models_own_logits(policy):
+    batch = rollouts()
+    scores = score_rollouts(policy, batch, temperature=1.0)
+    expected = []
+    for row, mask in enumerate(batch.mask):
+        group = row // batch.num_generations
+        prompt = batch.prompt_ids[group][batch.prompt_mask[group].bool()]
+        ids = torch.cat([prompt, batch.completion_ids[row][mask]])
+        logp = policy(ids[None]).logits[0].log_softmax(1)
+        expected.append(logp[len(prompt) - 1 : -1].gather(1, ids[len(prompt) :, None]).squeeze(1))
+    torch.testing.assert_close(scores.logps, torch.cat(expected), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("loss_type", ["erpo", "dapo", "grpo"])
+def test_token_weights_sum_to_one_over_a_step_however_it_is_split(loss_type):
+    mask = rollouts().mask
+    sizes = {"num_generations": 3, "groups_in_step": 2, "tokens_in_step": int(mask.sum())}
+    whole = token_weights(mask, loss_type=loss_type, **sizes)
+    parts = torch.cat([token_weights(part, loss_type=loss_type, **sizes) for part in mask.split(3)])
+    assert whole.sum().item() == pytest.approx(1)
+    torch.testing.assert_close(whole, parts)
+
+
+def test_the_loss_is_eq_5_by_hand():
+    mask = torch.tensor([[1, 1, 1], [1, 0, 0]], dtype=torch.bool)
+    logps = torch.tensor([[-1.0, -2.0, -0.5], [-1.5, 0.0, 0.0]])
+    old = torch.tensor([[-1.0, -2.5, -0.3], [-1.0, 0.0, 0.0]])
+    ref = logps - 0.2
+    advantages = torch.tensor([[1.0, 2.0, -1.0], [-0.5, 9.0, 9.0]])
+    weights = token_weights(mask, loss_type="erpo", num_generations=2, groups_in_step=1, tokens_in_step=4)
+    terms = erpo_loss(logps, old, ref, advantages, weights, epsilon=0.2, epsilon_high=0.2, beta=0.1)
+    expected = 0.0
+    for i, t in mask.nonzero().tolist():
+        ratio = float((logps[i, t] - old[i, t]).exp())
+        a = float(advantages[i, t])
+        gap = -0.2
+        expected += 0.1 * (np.exp(gap) - gap - 1) - min(ratio * a, min(max(ratio, 0.8), 1.2) * a)
+    assert terms.loss.item() == pytest.approx(expected / 4, rel=1e-5)
+    assert terms.clipped.tolist() == [[False, True, False], [True, False, False]]
+
+
+def test_each_field_of_the_spec_reaches_the_trainer_under_its_name(tmp_path):
+    fields = set(ErpoTrainSpec.model_fields)
+    assert fields == set(PASSED_THROUGH) | set(ERPO_ONLY) | DERIVED
+    defaults = ERPOConfig(str(tmp_path), use_cpu=True)
+    spec = parse_spec("train", {"model": "m", "dataset": "d"})
+    config = make_config(spec, tmp_path, dtype=torch.float32)
+    for name in (*PASSED_THROUGH, *ERPO_ONLY):
+        assert getattr(config, name) == getattr(spec, name), name
+        if name not in ("save_steps", "save_total_limit", "trace_every", "generation_batch_size"):
+            assert getattr(defaults, name) == getattr(spec, name), name
+    assert set(GrpoTrainSpec.model_fields) >= set(PASSED_THROUGH)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("importance_sampling_level", "sequence"),
+        ("scale_rewards", "batch"),
+        ("use_liger_kernel", True),
+        ("sync_ref_model", True),
+        ("top_entropy_quantile", 0.2),
+        ("loss_type", "sapo"),
+        ("algorithm", "ppo"),
+        ("per_device_train_batch_size", 12),
+    ],
+)
+def test_what_would_undo_erpo_is_refused_by_name(tmp_path, option, value):
+    with pytest.raises(ValueError, match=option):
+        ERPOConfig(str(tmp_path), use_cpu=True, **{option: value})
+
+
+class Records:
+    """A sink that keeps everything, and a stop that is asked for after a step."""
+
+    def __init__(self, stop_after: int | None = None) -> None:
+        self.by_kind = defaultdict(list)
+        self._stop_after = stop_after
+
+    def emit(self, record) -> None:
+        self.by_kind[record.kind].append(record)
+
+    @property
+    def requested(self) -> bool:
+        return self._stop_after is not None and len(self.by_kind["metrics"]) + 1 >= self._stop_after
+
+
+def train(tiny, work_dir, *, stop_after=None, resume_from=None, **changes) -> Records:
+    body = {
+        "model": str(tiny),
+        "dataset": DATASET,
+        "num_generations": 4,
+        "generation_batch_size": 8,
+        "max_completion_length": 8,
+        "max_length": 400,
+        "max_steps": 4,
+        "save_steps": 2,
+        "trace_every": 1,
+        "learning_rate": 1e-2,
+        "lr_scheduler_type": "constant",
+        "lora": {"r": 4, "lora_alpha": 8},
+        # A reward that the random model can earn: otherwise every group is dead.
+        "rewards": [{"name": "accuracy"}, {"name": "regex", "args": {"pattern": "[0-9a-f]"}}],
+    }
+    inputs = JobInputs(
+        job_id="job",
+        run_id="run",
+        attempt=1,
+        work_dir=work_dir,
+        cache_dir=work_dir / "cache",
+        model=ModelInput(str(tiny)),
+        model_roots=(tiny.parent,),
+        resume_from=resume_from,
+    )
+    records = Records(stop_after)
+    torch.manual_seed(0)
+    run_training(parse_spec("train", body | changes), inputs, records, records)
+    return records
+
+
+def test_a_run_reports_metrics_completions_traces_and_checkpoints(tiny, tmp_path):
+    records = train(tiny, tmp_path)
+    metrics = records.by_kind["metrics"]
+    assert [record.step for record in metrics] == [1, 2, 3, 4]
+    wanted = {"loss", "reward", "rewards/accuracy", "entropy", "kl", "grad_norm", "learning_rate", "tokens_per_second"}
+    assert wanted | {"erpo/frac_dead_groups", "erpo/progress_snr", "time/generate"} <= set(metrics[0].values)
+    assert any(record.values["grad_norm"] > 0 for record in metrics)
+    rows = [row for record in records.by_kind["completions"] for row in record.rows]
+    assert len(rows) == 32
+    assert all(row["verdict"] in ("wrong", "unparsable", "right") for row in rows)
+    for checkpoint in records.by_kind["checkpoint"]:
+        assert verify_checkpoint(tmp_path / "checkpoints" / f"step-{checkpoint.step}")
+    live = [trace for trace in records.by_kind["trace"] if trace.meta["advantage"]]
+    assert live
+    for trace in live:
+        columns = decode_trace(trace.payload)
+        assert len(columns["entropy"]) == len(trace.meta["tokens"]) == trace.meta["num_tokens"]
+        assert np.abs(columns["advantage"]).max() > 0
+
+
+def test_the_first_step_of_a_fresh_adapter_has_no_progress_and_is_grpo(tiny, tmp_path):
+    erpo = train(tiny, tmp_path / "erpo", max_steps=1)
+    grpo = train(tiny, tmp_path / "grpo", max_steps=1, algorithm="grpo")
+    first = erpo.by_kind["metrics"][0].values
+    assert first["erpo/progress_std"] == 0
+    assert first["erpo/frac_silent_buckets"] == 1
+    rows = [[r["completion"] for r in run.by_kind["completions"][0].rows] for run in (erpo, grpo)]
+    assert rows[0] == rows[1]
+
+
+def test_a_stopped_run_goes_on_as_if_it_had_never_stopped(tiny, tmp_path):
+    whole = train(tiny, tmp_path / "whole")
+    stopped = train(tiny, tmp_path / "part", stop_after=2)
+    assert [c.step for c in stopped.by_kind["checkpoint"]][-1] == 2
+    resumed = train(tiny, tmp_path / "rest", resume_from=tmp_path / "part" / "checkpoints" / "step-2")
+    kept = [r.values for r in whole.by_kind["metrics"]]
+    again = [r.values for r in (*stopped.by_kind["metrics"], *resumed.by_kind["metrics"])]
+    assert len(kept) == len(again) == 4
+    for one, two in zip(kept, again, strict=True):
+        for name in ("loss", "reward", "entropy", "kl", "grad_norm", "learning_rate"):
+            assert one[name] == two[name], name
+
+
+def test_a_checkpoint_loads_with_plain_peft(tiny, tmp_path):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    train(tiny, tmp_path, max_steps=2)
+    folder = tmp_path / "checkpoints" / "step-2"
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny), folder)
+    assert any(p.abs().sum() > 0 for name, p in model.named_parameters() if "lora_B" in name)
+
+
+def test_a_damaged_checkpoint_is_refused(tiny, tmp_path):
+    train(tiny, tmp_path, max_steps=2)
+    folder = tmp_path / "checkpoints" / "step-2"
+    weights = folder / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    assert not verify_checkpoint(folder)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest["step"] == 2
