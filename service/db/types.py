@@ -31,6 +31,10 @@ class _Storable(TypeDecorator):
     cache_ok = True
     impl = String
 
+    @property
+    def python_type(self) -> type:
+        return self.impl.python_type
+
     def process_bind_param(self, value, dialect):
         return storable(value)
 
