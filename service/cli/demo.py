@@ -11,6 +11,7 @@ from rich.table import Table
 
 from erpo_core.data.worked_examples import ARITHMETIC
 from erpo_core.errors import ErpoError
+from erpo_core.errors import ErpoError
 from service.cli.terminal.colours import nice_domain
 from service.cli.terminal.curves import curve
 from service.cli.terminal.progress import clock, job_progress
@@ -44,18 +45,19 @@ def demo(settings: Settings, *, steps: int = STEPS, port: int | None = None, sta
         stay: keep serving afterwards; by default if standard input and output are a terminal.
 
     Raises:
-        SystemExit: with the reason, if a job fails.
+        SystemExit: with the reason, if a job fails; 130 if it is interrupted before its end.
     """
     from service.cli.up import running
 
     console = make_console()
     keep = sys.stdin.isatty() and sys.stdout.isatty() if stay is None else stay
-    started = time.monotonic()
+    started, is_over = time.monotonic(), False
     try:
         with running(settings, port=port) as url:
             console.print(f"ERPO Lab runs at [bold]{url}[/] (data in {settings.data_dir})")
             with ErpoClient(url) as client:
                 play(client, console, steps=steps)
+            is_over = True
             console.print(f"[dim]The demo took {clock(time.monotonic() - started)}.[/]")
             if keep:
                 console.print("The service goes on. [bold]Ctrl-C[/] stops it.")
@@ -64,6 +66,8 @@ def demo(settings: Settings, *, steps: int = STEPS, port: int | None = None, sta
         raise SystemExit(f"erpo demo: {error}") from None
     except KeyboardInterrupt:
         console.print("Stopped.")
+        if not is_over:
+            raise SystemExit(130) from None
 
 
 def make_console() -> Console:
