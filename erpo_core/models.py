@@ -27,7 +27,7 @@ KNOWN_MODELS: dict[str, dict[str, Any]] = {
         "gguf_file": "SmolLM2-135M-Instruct.Q4_1.gguf",
     }
 }
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[0-9a-f]{7,40})?")
+_HUB_ID = re.compile(r"(?!.*\.\.)[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[0-9a-f]{7,40})?")
 
 
 def check_model_ref(ref: str, model_roots: Iterable[Path] = (), *, pointer: str = "/model") -> None:

@@ -21,7 +21,7 @@ from erpo_core.data.reasoning_tasks import check_task, load_task
 from erpo_core.errors import DatasetError, RunError, SpecError, UnknownReferenceError
 
 _UPLOAD = re.compile(r"ds_[0-9a-f]{32}")
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w.-]+)?")
+_HUB_ID = re.compile(r"(?!.*\.\.)[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w.-]+)?")
 _HUB_ARGS = {"config", "split"}
 _FORMS = "`reasoning-gym:<task>?size=N&seed=S`, `data:<file>.jsonl`, an uploaded data set (`ds_...`) or a hub id"
 

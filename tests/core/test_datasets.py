@@ -1,0 +1,197 @@
+"""Data sets resolve by name, stay inside the data root, and say what is wrong with them."""
+
+import json
+
+import pytest
+
+from erpo_core.data.datasets import check_dataset, hub_problem, load_problems, parse_reference
+from erpo_core.data.formats import Problem, is_answer, parse_lines, problems_digest
+from erpo_core.data.reasoning_tasks import TASKS, plain_question
+from erpo_core.data.worked_examples import ARITHMETIC
+from erpo_core.errors import DatasetError, RunError, SpecError, UnknownReferenceError
+from erpo_core.rewards.answers import extract_boxed
+
+CHAIN_SUM = "reasoning-gym:chain_sum?min_terms=2&max_terms=2&min_digits=1&max_digits=2&size=20&seed=1"
+GOOD = '{"problem": "What is 2 + 2?", "answer": "4"}'
+
+
+@pytest.fixture
+def root(tmp_path):
+    root = tmp_path / "data"
+    (root / "uploads").mkdir(parents=True)
+    (root / "sums.jsonl").write_text(f'{GOOD}\n\n{{"id": "b", "problem": "p", "answer": 5, "level": 3}}\n')
+    (root / "uploads" / f"ds_{'a' * 32}.jsonl").write_text(GOOD)
+    (tmp_path / "secret.jsonl").write_text(GOOD)
+    (root / "link.jsonl").symlink_to(tmp_path / "secret.jsonl")
+    return root
+
+
+def test_chain_sum_asks_as_a_person_would():
+    pytest.importorskip("reasoning_gym")
+    problems = load_problems(CHAIN_SUM, data_root=None)
+    assert len(problems) == check_dataset(CHAIN_SUM, None) == 20
+    for problem in problems:
+        expression = problem.problem.removeprefix("What is ").removesuffix("?")
+        first, sign, second = expression.split()
+        assert int(problem.answer) == int(first) + int(f"{sign}{second}")
+    assert problems == load_problems(CHAIN_SUM, data_root=None)
+    assert problems != load_problems(CHAIN_SUM.replace("seed=1", "seed=2"), data_root=None)
+    assert len({problem.id for problem in problems}) == 20
+
+
+def test_other_questions_stay_as_they_are():
+    assert plain_question("State the final answer to the following arithmetic problem: 4 + 3 =") == "What is 4 + 3?"
+    assert plain_question("Calculate 5 - 3 - 6.") == "Calculate 5 - 3 - 6."
+
+
+def test_the_shipped_task_names_are_those_of_the_package():
+    factory = pytest.importorskip("reasoning_gym.factory")
+    assert frozenset(factory.DATASETS) == TASKS
+
+
+def test_the_api_checks_task_names_without_the_package(monkeypatch):
+    monkeypatch.setattr("erpo_core.data.reasoning_tasks.importlib.util.find_spec", lambda name: None)
+    assert check_dataset(CHAIN_SUM, None) == 20
+    with pytest.raises(UnknownReferenceError):
+        check_dataset("reasoning-gym:nonsense", None)
+    with pytest.raises(RunError):
+        load_problems(CHAIN_SUM, data_root=None)
+
+
+@pytest.mark.parametrize(
+    "ref",
+    [
+        "reasoning-gym:chain_sum?terms=2",
+        "reasoning-gym:chain_sum?size=0",
+        "reasoning-gym:chain_sum?size=1e9",
+        "reasoning-gym:chain_sum?size=ten",
+        "reasoning-gym:chain_sum?min_terms=5&max_terms=2",
+        "reasoning-gym:chain_sum?seed=1&seed=2",
+        "reasoning-gym:chain_sum?seed",
+        "org/name?lines=3",
+    ],
+)
+def test_wrong_arguments_are_refused_with_a_mend(ref):
+    pytest.importorskip("reasoning_gym")
+    with pytest.raises(SpecError) as caught:
+        check_dataset(ref, None)
+    assert (caught.value.pointer, bool(caught.value.mend)) == ("/dataset", True)
+
+
+def test_a_file_of_the_data_root_gives_its_rows(root):
+    assert check_dataset("data:sums.jsonl", root) == 2
+    assert load_problems("data:sums.jsonl", data_root=root) == [
+        Problem("sums/1", "What is 2 + 2?", "4"),
+        Problem("b", "p", "5", level=3),
+    ]
+    assert len(load_problems("data:sums.jsonl", data_root=root, limit=1)) == 1
+    assert check_dataset(f"ds_{'a' * 32}", root) == 1
+
+
+@pytest.mark.parametrize(
+    "ref",
+    [
+        "data:../secret.jsonl",
+        "data:/etc/passwd",
+        "data:link.jsonl",
+        "data:absent.jsonl",
+        f"data:uploads/ds_{'a' * 32}.jsonl",
+        "data:",
+        "data:.",
+        f"ds_{'b' * 32}",
+        "ds_../secret",
+        "sums",
+        "",
+        "https://example.org/x.jsonl",
+    ],
+)
+def test_nothing_outside_the_data_root_is_reached(root, ref):
+    with pytest.raises(UnknownReferenceError) as caught:
+        check_dataset(ref, root)
+    assert caught.value.mend
+
+
+def test_an_unknown_file_names_those_that_are_there(root):
+    with pytest.raises(UnknownReferenceError) as caught:
+        check_dataset("data:absent.jsonl", root)
+    assert "data:sums.jsonl" in caught.value.mend
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "{",
+        "[1]",
+        "null",
+        '{"problem": "p"}',
+        '{"answer": "4"}',
+        '{"problem": "p", "answer": ""}',
+        '{"problem": "p", "answer": "\\\\,"}',
+        '{"problem": "p", "answer": "$$"}',
+        '{"problem": "p", "answer": null}',
+        '{"problem": "p", "answer": true}',
+        '{"problem": "p", "answer": ["4"]}',
+        '{"problem": "  ", "answer": "4"}',
+        '{"problem": "p\\u0000", "answer": "4"}',
+        "[" * 100_000,
+        b"\xff\xfe",
+    ],
+)
+def test_a_broken_line_is_named_by_its_number(line):
+    lines = [GOOD.encode(), b"", line if isinstance(line, bytes) else line.encode()]
+    with pytest.raises(DatasetError, match="^line 3") as caught:
+        list(parse_lines(lines, "file"))
+    assert caught.value.mend
+
+
+def test_an_id_that_comes_twice_is_refused():
+    line = b'{"id": "x", "problem": "p", "answer": "1"}'
+    with pytest.raises(DatasetError, match="line 2: the id 'x' stands in line 1"):
+        list(parse_lines([line, line], "file"))
+
+
+@pytest.mark.parametrize("text", ["", "\n\n"])
+def test_an_empty_file_is_refused(root, text):
+    (root / "empty.jsonl").write_text(text)
+    with pytest.raises(DatasetError) as caught:
+        check_dataset("data:empty.jsonl", root)
+    assert caught.value.code == "empty_dataset"
+
+
+def test_shuffling_repeats_with_its_seed(root):
+    (root / "many.jsonl").write_text("\n".join(json.dumps({"problem": f"p{i}", "answer": i}) for i in range(30)))
+    shuffled = load_problems("data:many.jsonl", data_root=root, seed=3)
+    assert shuffled == load_problems("data:many.jsonl", data_root=root, seed=3)
+    plain = load_problems("data:many.jsonl", data_root=root)
+    assert shuffled != plain
+    assert sorted(shuffled, key=lambda p: p.id) == sorted(plain, key=lambda p: p.id)
+    assert problems_digest(shuffled) != problems_digest(plain)
+
+
+def test_hub_rows_come_under_our_names():
+    gsm8k = hub_problem({"question": "q", "answer": "so 2+2=4\n#### 1,204"}, "x/0", "row 0")
+    assert (gsm8k.problem, gsm8k.answer, gsm8k.solution) == ("q", "1204", "so 2+2=4")
+    maths = hub_problem({"problem": "q", "solution": r"thus \boxed{\frac12}", "level": "Level 5"}, "x/0", "row 0")
+    assert (maths.answer, maths.level) == (r"\frac12", "Level 5")
+    with pytest.raises(DatasetError, match="row 7"):
+        hub_problem({"problem": "q", "solution": "no box"}, "x/7", "row 7")
+
+
+def test_a_hub_name_is_taken_apart():
+    found = parse_reference("openai/gsm8k@main?config=main&split=test")
+    assert (found.source, found.name, found.args) == ("hub", "openai/gsm8k@main", {"config": "main", "split": "test"})
+    assert check_dataset("openai/gsm8k", None) is None
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"), [(r"\infty", True), ("-", True), (r"\{\}", False), (r"\text{}", False)]
+)
+def test_an_answer_has_content(answer, expected):
+    assert is_answer(answer) is expected
+
+
+def test_worked_examples_end_in_the_right_box():
+    for example in ARITHMETIC:
+        expression = example.problem.removeprefix("What is ").removesuffix("?")
+        first, sign, second = expression.split()
+        assert extract_boxed(example.solution) == str(int(first) + int(f"{sign}{second}"))
