@@ -1,5 +1,6 @@
 """Real servers for the tests: PostgreSQL and Valkey from their wheels, a fresh database for each test."""
 
+import shutil
 import socket
 import subprocess
 import tempfile
@@ -19,32 +20,74 @@ def postgres_server():
     # Not below pytest's folder: started as root the server runs as another user, and a second pytest locks that out.
     with tempfile.TemporaryDirectory(prefix="erpo-postgres-") as folder:
         server = pgserver.get_server(folder, cleanup_mode="stop")
-        yield server.get_uri()
+        url = make_url(server.get_uri()).set(drivername="postgresql+psycopg")
+        _administer(url, "ALTER SYSTEM SET fsync = off", "SELECT pg_reload_conf()")
+        yield url
         server.cleanup()
+
+
+def _administer(url, *statements) -> None:
+    engine = create_engine(url, isolation_level="AUTOCOMMIT")
+    with engine.connect() as connection:
+        for statement in statements:
+            connection.execute(text(statement))
+    engine.dispose()
+
+
+def _fresh_postgres(server, template: str):
+    name = f"test_{uuid.uuid4().hex}"
+    _administer(server, f"CREATE DATABASE {name} TEMPLATE {template}")
+    yield server.set(database=name).render_as_string(hide_password=False)
+    _administer(server, f"DROP DATABASE {name} WITH (FORCE)")
 
 
 @pytest.fixture
 def postgres_url(postgres_server):
-    """A fresh PostgreSQL database."""
-    name = f"test_{uuid.uuid4().hex}"
-    url = make_url(postgres_server).set(drivername="postgresql+psycopg")
-    engine = create_engine(url, isolation_level="AUTOCOMMIT")
-    with engine.connect() as connection:
-        connection.execute(text(f"CREATE DATABASE {name}"))
-    yield url.set(database=name).render_as_string(hide_password=False)
-    with engine.connect() as connection:
-        connection.execute(text(f"DROP DATABASE {name} WITH (FORCE)"))
-    engine.dispose()
+    """A fresh PostgreSQL database without tables."""
+    yield from _fresh_postgres(postgres_server, "template1")
+
+
+@pytest.fixture(scope="session")
+def postgres_template(postgres_server):
+    """The name of a migrated database, to be copied."""
+    _administer(postgres_server, "CREATE DATABASE erpo_template")
+    migrated = Database(postgres_server.set(database="erpo_template").render_as_string(hide_password=False))
+    migrated.migrate()
+    migrated.dispose()
+    return "erpo_template"
+
+
+@pytest.fixture
+def postgres_database(postgres_server, postgres_template):
+    """A migrated PostgreSQL database."""
+    for url in _fresh_postgres(postgres_server, postgres_template):
+        found = Database(url)
+        yield found
+        found.dispose()
+
+
+@pytest.fixture(scope="session")
+def sqlite_template(tmp_path_factory):
+    """The file of a migrated database, to be copied."""
+    path = tmp_path_factory.mktemp("sqlite") / "erpo.db"
+    migrated = Database(f"sqlite:///{path}")
+    migrated.migrate()
+    migrated.dispose()
+    return path
+
+
+@pytest.fixture
+def sqlite_database(sqlite_template, tmp_path):
+    """A migrated SQLite database."""
+    found = Database(f"sqlite:///{shutil.copy(sqlite_template, tmp_path)}")
+    yield found
+    found.dispose()
 
 
 @pytest.fixture(params=["sqlite", pytest.param("postgresql", marks=pytest.mark.postgres)])
-def database(request, tmp_path):
+def database(request):
     """A migrated database, once on SQLite and once on PostgreSQL."""
-    on_postgres = request.param == "postgresql"
-    found = Database(request.getfixturevalue("postgres_url") if on_postgres else f"sqlite:///{tmp_path / 'erpo.db'}")
-    found.migrate()
-    yield found
-    found.dispose()
+    return request.getfixturevalue("postgres_database" if request.param == "postgresql" else "sqlite_database")
 
 
 @pytest.fixture

@@ -67,9 +67,8 @@ def test_two_workers_claim_fifty_jobs_each_once(database):
 
 
 @pytest.mark.postgres
-def test_a_worker_does_not_go_away_empty_because_another_one_is_just_claiming(database):
-    if database.engine.dialect.name == "sqlite":
-        pytest.skip("SQLite has one writer at a time")
+def test_a_worker_does_not_go_away_empty_because_another_one_is_just_claiming(postgres_database):
+    database = postgres_database
     first, second = submit(database), submit(database)
     with database.write() as session:
         held = claims.claim_next(session, queues=["default"], worker_id="a", lease_seconds=60)

@@ -187,12 +187,7 @@ def test_ids_tell_their_kind_and_sort_by_creation():
 
 
 @pytest.mark.postgres
-def test_postgresql_reads_ranges_of_traces_without_reading_the_rest(postgres_url):
-    database = Database(postgres_url)
-    database.migrate()
-    with database.read() as session:
-        query = text(
-            "SELECT attstorage FROM pg_attribute WHERE attrelid = 'trace_blobs'::regclass AND attname = 'data'"
-        )
+def test_postgresql_keeps_traces_so_that_a_range_can_be_read(postgres_database):
+    query = text("SELECT attstorage FROM pg_attribute WHERE attrelid = 'trace_blobs'::regclass AND attname = 'data'")
+    with postgres_database.read() as session:
         assert session.scalar(query) == "e"
-    database.dispose()
