@@ -139,7 +139,7 @@ def test_an_unknown_file_names_those_that_are_there(root):
 )
 def test_a_broken_line_is_named_by_its_number(line):
     lines = [GOOD.encode(), b"", line if isinstance(line, bytes) else line.encode()]
-    with pytest.raises(DatasetError, match="^line 3") as caught:
+    with pytest.raises(DatasetError, match=r"^line 3") as caught:
         list(parse_lines(lines, "file"))
     assert caught.value.mend
 
