@@ -11,7 +11,6 @@ from rich.table import Table
 
 from erpo_core.data.worked_examples import ARITHMETIC
 from erpo_core.errors import ErpoError
-from erpo_core.errors import ErpoError
 from service.cli.terminal.colours import nice_domain
 from service.cli.terminal.curves import curve
 from service.cli.terminal.progress import clock, job_progress

@@ -22,9 +22,19 @@ PASSWORD = "secret"
 
 
 def services() -> dict:
-    text = re.sub(r"\$\{POSTGRES_PASSWORD:\?[^}]*\}", PASSWORD, COMPOSE.read_text())
-    text = re.sub(r"\$\{\w+:-((?:\[[^]]*\])|[^}]*)\}", r"\1", text)
-    return yaml.safe_load(text)["services"]
+    """The services with compose's variables put in, as compose does it: in the texts of the parsed file."""
+    return interpolate(yaml.safe_load(COMPOSE.read_text())["services"])
+
+
+def interpolate(value):
+    if isinstance(value, dict):
+        return {key: interpolate(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [interpolate(item) for item in value]
+    if isinstance(value, str):
+        value = re.sub(r"\$\{POSTGRES_PASSWORD:\?[^}]*\}", PASSWORD, value)
+        return re.sub(r"\$\{\w+:-(\[[^]]*\]|[^}]*)\}", r"\1", value)
+    return value
 
 
 def test_every_variable_is_resolved_and_every_service_has_a_health_gate():
