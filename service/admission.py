@@ -11,6 +11,7 @@ from sqlalchemy.orm import Session
 from erpo_core.data.datasets import check_dataset
 from erpo_core.errors import NotFoundError, SpecError, UnknownReferenceError
 from erpo_core.models import check_model_ref
+from erpo_core.rewards.functions import check_rewards
 from erpo_core.specs.common import CheckpointRef, JobOptions
 from service.auth import Principal
 from service.db import datasets as dataset_rows
@@ -43,6 +44,8 @@ def admit(database: Database, settings: Settings, principal: Principal, spec: An
             _check_upload(session, principal, spec.dataset)
     if hasattr(spec, "dataset"):
         admitted.num_problems = check_dataset(spec.dataset, settings.data_root)
+    if hasattr(spec, "rewards"):
+        check_rewards(spec.rewards)
     return admitted
 
 
