@@ -124,7 +124,7 @@ def stack(tmp_path, postgres_url, valkey_url):
 def test_the_compose_stack_trains_a_tiny_model_on_postgresql(stack):
     url, home = stack
     make_tiny_model(home / "models" / "tiny")
-    client = ErpoClient(url)
+    client = ErpoClient(url, timeout=120)
     wait_until(lambda: ready(client), 60, "readiness", home / "api.log")
     job = client.train(
         model=str(home / "models" / "tiny"),
