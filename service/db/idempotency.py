@@ -32,7 +32,8 @@ def begin(s: Session, principal: str, key: str, fingerprint: str) -> Idempotency
         "expires_at": now() + KEPT,
     }
     insert = insert_postgresql if s.get_bind().dialect.name == "postgresql" else insert_sqlite
-    if s.execute(insert(IdempotencyKey).values(**values).on_conflict_do_nothing()).rowcount == 1:
+    inserted = insert(IdempotencyKey).values(**values).on_conflict_do_nothing().returning(IdempotencyKey.key)
+    if s.scalar(inserted) is not None:
         return None
     row = s.get(IdempotencyKey, (principal, key), with_for_update=True)
     if row is None:

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
-from sqlalchemy import func, select
+from sqlalchemy import delete, func, insert, select
 from sqlalchemy.orm import Session
 
 from service.db.measured import Metric, MetricBucket, RunSummary
@@ -26,39 +26,56 @@ def write_metrics(s: Session, run_id: str, steps: dict[int, dict[str, float | No
         (row.name, row.step): row
         for row in s.scalars(select(Metric).where(Metric.run_id == run_id, Metric.step.in_(list(steps))))
     }
+    newest = _newest_steps(s, run_id)
     fresh: dict[str, list[Point]] = defaultdict(list)
-    overwritten = False
+    stale: set[str] = set()
     for step, values in sorted(steps.items()):
         for name, value in values.items():
             row = stored.get((name, step))
             if row is None:
-                s.add(Metric(run_id=run_id, name=name, step=step, value=value))
                 fresh[name].append((step, value))
+                if step < newest.get(name, step):
+                    stale.add(name)
             elif row.value != value:
-                row.value, overwritten = value, True
+                row.value = value
+                stale.add(name)
+    rows = [
+        {"run_id": run_id, "name": name, "step": step, "value": value}
+        for name, points in fresh.items()
+        for step, value in points
+    ]
+    if rows:
+        s.execute(insert(Metric), rows)
     s.flush()
-    if overwritten:
+    _summarise(s, run_id, {name: points for name, points in fresh.items() if name not in stale})
+    if stale:
+        # Steps that change or come late alter what is first and last: rare, and made again from the raw rows.
         for table in (MetricBucket, RunSummary):
-            s.query(table).filter(table.run_id == run_id).delete()
-        rebuild(s, run_id)
-    else:
-        _summarise(s, run_id, fresh)
+            s.execute(delete(table).where(table.run_id == run_id, table.name.in_(stale)))
+        rebuild(s, run_id, stale)
 
 
-def rebuild(s: Session, run_id: str) -> None:
-    """Make the missing buckets and the summary from the raw rows."""
-    present = set(
-        s.execute(
-            select(MetricBucket.name, MetricBucket.width, MetricBucket.start).where(MetricBucket.run_id == run_id)
-        )
-    )
+def _newest_steps(s: Session, run_id: str) -> dict[str, int]:
+    query = select(MetricBucket.name, func.max(MetricBucket.last_step))
+    query = query.where(MetricBucket.run_id == run_id, MetricBucket.width == WIDTHS[-1])
+    return dict(s.execute(query.group_by(MetricBucket.name)).all())
+
+
+def rebuild(s: Session, run_id: str, names: Iterable[str] | None = None) -> None:
+    """Make the missing buckets and the summary of some series, or of all, from the raw rows."""
+    chosen = list(names) if names is not None else None
+
+    def rows_of(table, *columns):
+        query = select(*columns).where(table.run_id == run_id)
+        return s.execute(query if chosen is None else query.where(table.name.in_(chosen)))
+
+    present = {tuple(row) for row in rows_of(MetricBucket, MetricBucket.name, MetricBucket.width, MetricBucket.start)}
     series: dict[str, list[Point]] = defaultdict(list)
-    rows = s.execute(
-        select(Metric.name, Metric.step, Metric.value).where(Metric.run_id == run_id).order_by(Metric.step)
-    )
-    for name, step, value in rows:
+    for name, step, value in rows_of(Metric, Metric.name, Metric.step, Metric.value):
         series[name].append((step, value))
-    _summarise(s, run_id, series, kept=present)
+    _summarise(
+        s, run_id, {name: sorted(points, key=lambda point: point[0]) for name, points in series.items()}, present
+    )
 
 
 def _summarise(s: Session, run_id: str, series: dict[str, list[Point]], kept: Iterable[BucketKey] = ()) -> None:

@@ -10,7 +10,7 @@ from sqlalchemy import Select
 from sqlalchemy.orm import Session
 
 from erpo_core.errors import SpecError
-from service.db.types import MAX_INTEGER
+from service.db.types import MAX_SMALL_INTEGER
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ def decode_cursor(cursor: str, kind: type) -> Any:
         key = json.loads(base64.urlsafe_b64decode(cursor + "=" * (-len(cursor) % 4)))
     except (ValueError, binascii.Error):
         key = None
-    if type(key) is not kind or (kind is int and abs(key) > MAX_INTEGER):
+    if type(key) is not kind or (kind is int and abs(key) > MAX_SMALL_INTEGER):
         raise SpecError(
             "this cursor is not one of this list",
             pointer="/query/cursor",

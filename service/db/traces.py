@@ -7,7 +7,7 @@ from erpo_core.codec import TraceReader
 from erpo_core.errors import NotFoundError
 from service.db.measured import Pivot, Sequence, TraceBlob
 from service.db.paging import Page, read_page
-from service.db.types import clamp
+from service.db.types import MAX_SMALL_INTEGER, clamp
 
 
 def list_sequences(
@@ -27,7 +27,9 @@ def count_sequences(s: Session, run_id: str) -> int:
 
 def get_sequence(s: Session, run_id: str, n: int) -> Sequence:
     """Raises NotFoundError where the run has no sequence ``n``."""
-    row = s.scalars(select(Sequence).filter_by(run_id=run_id, n=clamp(n))).one_or_none()
+    row = None
+    if 0 <= n <= MAX_SMALL_INTEGER:
+        row = s.scalars(select(Sequence).filter_by(run_id=run_id, n=n)).one_or_none()
     if row is None:
         raise NotFoundError(f"run {run_id} has no sequence {n}")
     return row

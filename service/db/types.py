@@ -11,8 +11,8 @@ from sqlalchemy.types import TypeDecorator
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _UNSTORABLE = re.compile("[\0\ud800-\udfff]")
 """Legal in a model's output and in a JSON body; PostgreSQL refuses NUL, and no database encodes a lone surrogate."""
-MAX_INTEGER = 2**63 - 1
-"""The largest number that both databases can compare a column with."""
+MAX_INTEGER, MAX_SMALL_INTEGER = 2**63 - 1, 2**31 - 1
+"""The largest numbers that both databases can compare a BigInteger and an Integer column with."""
 Blob = LargeBinary()
 
 
@@ -86,5 +86,5 @@ def now() -> datetime:
 
 
 def clamp(value: int) -> int:
-    """A number that both databases can compare a column with; beyond it nothing is stored anyway."""
+    """A number that both databases can compare a BigInteger column with; beyond it nothing is stored anyway."""
     return max(-MAX_INTEGER, min(value, MAX_INTEGER))
