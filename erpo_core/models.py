@@ -147,6 +147,7 @@ def load_model(path: Path, *, dtype: Any, device: str = "cpu") -> tuple[Any, Any
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "left"
+    tokenizer.clean_up_tokenization_spaces = False  # it would change what byte-level tokens say
     return model, tokenizer
 
 

@@ -3,11 +3,12 @@
 Messages are acknowledged early and prefetched by one, so that a bell rings at a worker that has time for it. Nothing
 here depends on the broker's visibility time-out.
 
-    main process         consumes bells; the sweeper's thread
-      pool process       claims and supervises, one job at a time; a thread that polls when no bell comes
+    main process         consumes bells, and nothing else
+      pool process       claims and supervises, one job at a time; threads that sweep, and poll when no bell comes
         child process    computes (``python -m workers.child``)
 
-The pool process learns that the worker shall stop by a pipe that closes when the main process says so, or dies.
+The pool process learns that the worker shall stop by a pipe that closes when the main process says so, or dies. The
+main process never opens the database: a pool process forked from it would inherit SQLite's locks as nobody's.
 """
 
 import logging
@@ -40,18 +41,8 @@ class Worker:
         """Main process: open the pipe whose closing tells the pool process to stop."""
         self._alarm = os.pipe()
 
-    def start_sweeper(self, celery: Celery) -> None:
-        """Main process, once bells are consumed."""
-
-        def ring(job_id: str) -> None:
-            celery.send_task(RING_TASK, args=[job_id], queue=self.settings.queues[0])
-
-        sweeper = Sweeper(self.settings, self.worker_id, ring)
-        start_thread(lambda: sweeper.run(self.stopping), "sweeper")
-
     def stop(self) -> None:
         """Main process: stop soon, and within bounds even if the broker is gone."""
-        self.stopping.set()
         if self._alarm is not None:
             os.close(self._alarm[1])
             self._alarm = None
@@ -59,13 +50,18 @@ class Worker:
         bound.daemon = True
         bound.start()
 
-    def start_desk(self) -> None:
-        """Pool process: listen for the alarm, and poll."""
-        self.stopping = threading.Event()
+    def start_desk(self, celery: Celery) -> None:
+        """Pool process: listen for the alarm, sweep, and poll."""
+
+        def ring(job_id: str) -> None:
+            celery.send_task(RING_TASK, args=[job_id], queue=self.settings.queues[0])
+
         self.desk = Desk(self.settings, self.worker_id, self.stopping)
         if self._alarm is not None:
             os.close(self._alarm[1])
             start_thread(self._await_alarm, "alarm")
+        sweeper = Sweeper(self.settings, self.worker_id, ring)
+        start_thread(lambda: sweeper.run(self.stopping), "sweeper")
         start_thread(self.desk.poll_until_stopped, "poll")
 
     def leave_desk(self) -> None:
@@ -108,9 +104,8 @@ def make_app(settings: Settings) -> Celery:
 
 def _connect(app: Celery, worker: Worker) -> None:
     signals.worker_init.connect(lambda **_: worker.before_fork(), weak=False)
-    signals.worker_ready.connect(lambda **_: worker.start_sweeper(app), weak=False)
     signals.worker_shutting_down.connect(lambda **_: worker.stop(), weak=False)
-    signals.worker_process_init.connect(lambda **_: worker.start_desk(), weak=False)
+    signals.worker_process_init.connect(lambda **_: worker.start_desk(app), weak=False)
     signals.worker_process_shutdown.connect(lambda **_: worker.leave_desk(), weak=False)
 
 

@@ -1,4 +1,4 @@
-"""A thread in every worker's main process: says that the worker lives, rings again, expires silent leases.
+"""A thread in every worker: says that the worker lives, rings again, expires silent leases.
 
 Every action is a compare-and-set in the database, so any number of sweepers may run. Clocks of different machines are
 never compared: a lease is expired by whoever has seen its heartbeat counter stand still for long enough on its own

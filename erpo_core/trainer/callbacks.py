@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 import time
-from collections import Counter
+from collections import Counter, deque
 from hashlib import file_digest
 from pathlib import Path
 from typing import Any
@@ -12,30 +12,49 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from erpo_core.errors import RunError
 from erpo_core.job import Stop
-from erpo_core.records import Checkpoint, Completions, Metrics, Progress, Sink
+from erpo_core.records import Checkpoint, Completions, Event, Metrics, Progress, Sink
 from erpo_core.trainer.traces import trace_records
 
-_IGNORED_METRICS = {"epoch", "total_flos", "train_loss", "train_runtime"}
+_IGNORED_METRICS = {"epoch", "total_flos", "train_loss", "train_runtime", "step_time"}
+_SUMMARY_STEPS = 10
 
 
 class RecordCallback(TrainerCallback):
-    """Reports each step to a sink. ``trainer`` is set once the trainer exists."""
+    """Reports each step to a sink. :meth:`attach` it to its trainer before training."""
 
     def __init__(self, sink: Sink, stop: Stop, accuracy, checkpoints: Path, origin: dict[str, Any]) -> None:
         self.trainer = None
         self.last: dict[str, float] = {}
+        self.tokens = 0
+        self._recent: deque[dict[str, float]] = deque(maxlen=_SUMMARY_STEPS)
+        self._published: list[tuple[Path, float]] = []
+        self._skipped = 0
         self._sink, self._stop, self._accuracy, self._origin = sink, stop, accuracy, origin
         self._checkpoints = checkpoints
         self._started = time.monotonic()
         self._step_started = self._started
         self._first_step = 0
-        self._tokens = 0
+
+    def attach(self, trainer) -> None:
+        """Take what the trainer keeps of its steps."""
+        self.trainer = trainer
+        trainer.keeps_rollouts = True
+
+    def summary(self) -> dict[str, float]:
+        """The mean of each metric over the last steps, where it was measured."""
+        found = {}
+        for name in {name for metrics in self._recent for name in metrics}:
+            values = [metrics[name] for metrics in self._recent if name in metrics]
+            finite = [value for value in values if isinstance(value, int | float) and value - value == 0]
+            if finite:
+                found[name] = sum(finite) / len(finite)
+        return found
 
     def on_train_begin(self, args, state, control, **kwargs):
         self._started = self._step_started = time.monotonic()
         self._first_step = state.global_step
+        self._skipped = self.trainer.run_state.skipped_steps
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not logs or "loss" not in logs:
@@ -44,11 +63,12 @@ class RecordCallback(TrainerCallback):
         seconds, self._step_started = now - self._step_started, now
         metrics = {name: value for name, value in logs.items() if name not in _IGNORED_METRICS}
         batches, self.trainer.rollout_log = self.trainer.rollout_log, []
-        tokens = sum(int(batch.rollouts.mask.sum()) for batch in batches)
-        self._tokens += tokens
+        tokens = sum(sum(batch.lengths) for batch in batches)
+        self.tokens += tokens
         metrics |= self._verdicts(batches) | {"time/step": seconds, "tokens_per_second": tokens / seconds}
         metrics["memory/peak_bytes"] = _peak_bytes()
         self.last = metrics
+        self._recent.append(metrics)
         self._sink.emit(Metrics(state.global_step, metrics))
         if batches:
             self._sink.emit(Completions(state.global_step, _completion_rows(batches, self.trainer.num_generations)))
@@ -56,6 +76,7 @@ class RecordCallback(TrainerCallback):
         for trace in traces:
             for record in trace_records(trace, self.trainer, self._origin):
                 self._sink.emit(record)
+        self._report_skipped(state)
         self._sink.emit(Progress("train", state.global_step, state.max_steps, self._progress(state, metrics)))
 
     def on_step_end(self, args, state, control, **kwargs):
@@ -71,6 +92,29 @@ class RecordCallback(TrainerCallback):
         files = publish(source, target, state.global_step)
         data = {name: self.last.get(name) for name in ("reward", "entropy", "kl")}
         self._sink.emit(Checkpoint(state.global_step, str(target), files, data))
+        reward = self.last.get("reward")
+        self._published.append((target, reward if reward is not None and reward == reward else float("-inf")))
+        self._rotate(args.save_total_limit)
+
+    def _rotate(self, limit: int | None) -> None:
+        """Keep the last ``limit`` checkpoints of this attempt and the best one."""
+        if limit is None or len(self._published) <= limit:
+            return
+        best = max(self._published, key=lambda entry: entry[1])
+        for entry in self._published[:-limit]:
+            if entry is not best:
+                self._published.remove(entry)
+                shutil.rmtree(entry[0], ignore_errors=True)
+                step = int(entry[0].name.removeprefix("step-"))
+                message = f"the checkpoint of step {step} makes room for later ones"
+                self._sink.emit(Event("checkpoint.removed", message, data={"step": step}))
+
+    def _report_skipped(self, state) -> None:
+        skipped = self.trainer.run_state.skipped_steps
+        if skipped > self._skipped:
+            self._skipped = skipped
+            message = f"step {state.global_step}: the gradient was not finite, no update"
+            self._sink.emit(Event("step.skipped", message, "warn", {"step": state.global_step, "skipped": skipped}))
 
     def _progress(self, state, metrics: dict[str, float]) -> dict[str, Any]:
         done = max(1, state.global_step - self._first_step)
@@ -85,28 +129,6 @@ class RecordCallback(TrainerCallback):
     def _verdicts(self, batches: list) -> dict[str, float]:
         verdicts = Counter(self._accuracy.last_verdicts if self._accuracy and batches else ())
         return {f"verdict/{name}": count / verdicts.total() for name, count in verdicts.items()}
-
-
-class SkipNonFinite(TrainerCallback):
-    """A step whose gradient is not finite is skipped and counted; after ``max_skipped_steps`` the job fails."""
-
-    def __init__(self, max_skipped_steps: int) -> None:
-        self.skipped = 0
-        self._limit = max_skipped_steps
-
-    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        gradients = [p.grad for p in model.parameters() if p.grad is not None]
-        if not gradients or torch.isfinite(torch.stack([g.float().norm() for g in gradients]).sum()):
-            return
-        self.skipped += 1
-        model.zero_grad(set_to_none=True)
-        if self.skipped > self._limit:
-            bad = [name for name, p in model.named_parameters() if p.requires_grad and not torch.isfinite(p).all()]
-            raise RunError(
-                f"{self.skipped} steps had a gradient that is not finite, the last one step {state.global_step + 1}; "
-                f"weights that are not finite: {', '.join(bad[:5]) or 'none'}",
-                code="nonfinite_loss",
-            )
 
 
 def publish(source: Path, target: Path, step: int) -> list[dict[str, Any]]:
@@ -172,7 +194,7 @@ def _completion_rows(batches: list, group_size: int) -> list[dict[str, Any]]:
                     "verdict": batch.verdicts[index] if batch.verdicts else None,
                     "boxed": bool(rewards.get("boxed_format", 0) > 0),
                     "truncated": not bool(batch.finished[index]),
-                    "num_tokens": int(batch.rollouts.mask[index].sum()),
+                    "num_tokens": batch.lengths[index],
                 }
             )
         first_group += len(batch.examples) // group_size

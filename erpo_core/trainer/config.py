@@ -6,6 +6,7 @@ import torch
 from trl import GRPOConfig
 
 ALGORITHMS = ("erpo", "grpo")
+SCORING_DTYPES = ("auto", "float32", "bfloat16")
 LOSS_TYPES = ("erpo", "dapo", "bnpo", "grpo")
 
 
@@ -32,6 +33,9 @@ class ERPOConfig(GRPOConfig):
     anchor: bool = field(default=True, metadata={"help": "Ablation: off is sgn(A) = 1."})
     norm: bool = field(default=True, metadata={"help": "Ablation: off leaves out the last normalisation."})
     advantage_clip: float | None = field(default=None, metadata={"help": "Bound on |A^|."})
+    scoring_dtype: str = field(
+        default="auto", metadata={"help": "`float32`, `bfloat16`, or `auto`: float32 on the CPU and up to 0.5B."}
+    )
     max_skipped_steps: int = field(default=10, metadata={"help": "Steps with a non-finite gradient before it fails."})
     outcome_reward: str = field(default="accuracy", metadata={"help": "The reward that decides right and wrong."})
     trace_every: int = field(default=0, metadata={"help": "Steps between kept token traces; 0 keeps none."})
@@ -82,10 +86,26 @@ class ERPOConfig(GRPOConfig):
             ("mask_truncated_completions", False, "truncated responses count as the rewards say"),
             ("off_policy_mask_threshold", None, "it tests the sign of a sequence's advantage"),
             ("delta", None, "two-sided clipping is not part of eq. 5"),
+            ("use_bias_correction_kl", False, "eq. 4 has the plain k3 estimator"),
+            ("disable_dropout", True, "dropout is noise in the progress signal"),
+            ("entropy_coef", 0.0, "there is no entropy bonus in eq. 5"),
+            ("use_adaptive_entropy", False, "there is no entropy bonus in eq. 5"),
+            ("min_p", None, "the sampler has temperature, top_p and top_k"),
+            ("repetition_penalty", 1.0, "the scored distribution would not be the sampled one"),
+            ("generation_kwargs", None, "the sampler has temperature, top_p and top_k"),
+            ("use_transformers_continuous_batching", False, "generation is erpo_core's transformers engine"),
+            ("use_transformers_paged", False, "generation is erpo_core's transformers engine"),
+            ("cast_lm_head_to_fp32", False, "logits are float32 anyway"),
+            ("fp16", False, "use bf16"),
+            ("eval_strategy", "no", "evaluate with erpo_core.evaluation"),
         ):
             value = getattr(self, name, wanted)
             if value != wanted and not (name == "scale_rewards" and value is True):
                 raise ValueError(f"{name}: {value!r} is not supported by ERPO ({why}); leave it at {wanted!r}")
+        if self.scoring_dtype not in SCORING_DTYPES:
+            raise ValueError(f"scoring_dtype: {self.scoring_dtype!r} is none of {', '.join(SCORING_DTYPES)}")
+        if self.entropy_stats not in ("group", "ema"):
+            raise ValueError(f"entropy_stats: {self.entropy_stats!r} is none of group, ema")
         if self.algorithm not in ALGORITHMS:
             raise ValueError(f"algorithm: {self.algorithm!r} is none of {', '.join(ALGORITHMS)}")
         if self.loss_type not in LOSS_TYPES:

@@ -8,7 +8,7 @@ from torch import Tensor
 from erpo_core.loss import LossTerms
 
 if TYPE_CHECKING:
-    from erpo_core.trainer.trainer import MicroBatch, Scored
+    from erpo_core.trainer.batches import MicroBatch, Scored
 
 
 @torch.no_grad()

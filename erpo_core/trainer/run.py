@@ -1,5 +1,6 @@
 """One training job: from a specification to records."""
 
+import math
 import platform
 import time
 from dataclasses import fields
@@ -13,15 +14,15 @@ from erpo_core.data.datasets import load_problems
 from erpo_core.data.formats import Problem, problems_digest
 from erpo_core.errors import DatasetError, RunError
 from erpo_core.job import JobInputs, Stop
-from erpo_core.models import load_policy
+from erpo_core.models import load_policy, prepare_model
 from erpo_core.prompts import prompt_ids, prompt_messages, prompt_text
 from erpo_core.records import Event, Progress, Resolved, Result, Sink
 from erpo_core.rewards.functions import reward_functions
 from erpo_core.rewards.verify import Verifier
 from erpo_core.specs.train import ErpoTrainSpec, GrpoTrainSpec
-from erpo_core.trainer.callbacks import RecordCallback, SkipNonFinite, verify_checkpoint
+from erpo_core.trainer.callbacks import RecordCallback, verify_checkpoint
 from erpo_core.trainer.config import ERPOConfig
-from erpo_core.trainer.trainer import ERPOTrainer
+from erpo_core.trainer.trainer import SMALL_MODEL, ERPOTrainer
 
 PASSED_THROUGH = (
     "advantage_clip",
@@ -44,6 +45,7 @@ PASSED_THROUGH = (
     "outcome_reward",
     "save_steps",
     "save_total_limit",
+    "scoring_dtype",
     "seed",
     "temperature",
     "top_k",
@@ -68,14 +70,14 @@ def run_training(spec: GrpoTrainSpec, inputs: JobInputs, sink: Sink, stop: Stop)
     """
     started = time.monotonic()
     sink.emit(Progress("load", 0, 1))
-    dtype = _dtype(spec)
-    model, tokenizer, info = load_policy(inputs, dtype=dtype, trainable=True)
-    problems = load_problems(spec.dataset, data_root=inputs.data_root)
+    path = prepare_model(inputs.model.base, cache_dir=inputs.cache_dir, model_roots=inputs.model_roots)
+    model, tokenizer, info = load_policy(inputs, dtype=_load_dtype(spec, path), trainable=True)
+    problems = load_problems(spec.dataset, data_root=inputs.data_root, cache_dir=inputs.cache_dir)
     dataset, dropped = make_dataset(tokenizer, problems, spec)
     if dropped:
         message = f"{dropped} of {len(problems)} problems are too long and are left out"
         sink.emit(Event("dataset.dropped", message, "warn", {"dropped": dropped, "total": len(problems)}))
-    args = make_config(spec, inputs.work_dir / "trainer", dtype=dtype)
+    args = make_config(spec, inputs.work_dir / "trainer", bf16=_wants_bf16(spec))
     with Verifier() as verifier:
         functions = reward_functions(spec.rewards, verifier)
         accuracy = next((f for f in functions if hasattr(f, "last_verdicts")), None)
@@ -89,26 +91,28 @@ def run_training(spec: GrpoTrainSpec, inputs: JobInputs, sink: Sink, stop: Stop)
             args=args,
             train_dataset=dataset,
             processing_class=tokenizer,
-            callbacks=[records, SkipNonFinite(spec.max_skipped_steps)],
+            callbacks=[records],
             peft_config=None if inputs.model.adapter_path else _lora(spec),
         )
-        records.trainer = trainer
+        records.attach(trainer)
         sink.emit(Resolved(_resolved(spec, args, info, problems, dataset)))
         output = trainer.train(resume_from_checkpoint=_resume_from(inputs))
     done = trainer.state.global_step
     summary = {
         "steps": done,
         "stopped": stop.requested and done < trainer.state.max_steps,
+        "tokens": records.tokens,
         "seconds": time.monotonic() - started,
         "train_loss": output.training_loss,
-        "final": {name: value for name, value in records.last.items() if isinstance(value, int | float)},
+        "final": records.summary(),
     }
     sink.emit(Result(summary))
     return summary
 
 
 def make_dataset(tokenizer, problems: list[Problem], spec: GrpoTrainSpec):
-    """Rows of ``prompt`` (chat turns, or text), ``answer``, ``problem``, ``prompt_id``; and how many were too long.
+    """Rows of ``prompt`` (chat turns, or text), ``prompt_ids`` (what the model reads: as in an evaluation), ``answer``,
+    ``problem``, ``prompt_id``; and how many were too long.
 
     Raises:
         DatasetError: none is short enough.
@@ -119,12 +123,13 @@ def make_dataset(tokenizer, problems: list[Problem], spec: GrpoTrainSpec):
     chat = spec.prompt.template != "raw" and tokenizer.chat_template is not None
     rows = []
     for problem in problems:
-        if len(prompt_ids(tokenizer, problem.problem, spec.prompt)) > room:
+        ids = prompt_ids(tokenizer, problem.problem, spec.prompt)
+        if len(ids) > room:
             continue
         render = prompt_messages(problem.problem, spec.prompt) if chat else None
         prompt = render or prompt_text(tokenizer, problem.problem, spec.prompt)
-        row = {"prompt": prompt, "answer": problem.answer, "problem": problem.problem, "prompt_id": str(problem.id)}
-        rows.append(row)
+        row = {"prompt": prompt, "prompt_ids": ids, "answer": problem.answer, "problem": problem.problem}
+        rows.append(row | {"prompt_id": str(problem.id)})
     if not rows:
         raise DatasetError(
             f"every prompt is longer than {room} tokens", mend="raise max_length or lower max_completion_length"
@@ -138,7 +143,7 @@ def make_dataset(tokenizer, problems: list[Problem], spec: GrpoTrainSpec):
     return Dataset.from_list(rows), len(problems) - len(rows)
 
 
-def make_config(spec: GrpoTrainSpec, output_dir: Path, *, dtype: torch.dtype) -> ERPOConfig:
+def make_config(spec: GrpoTrainSpec, output_dir: Path, *, bf16: bool) -> ERPOConfig:
     """The trainer's configuration of a specification; per-device sizes are derived."""
     values = {name: getattr(spec, name) for name in PASSED_THROUGH}
     if isinstance(spec, ErpoTrainSpec):
@@ -151,7 +156,7 @@ def make_config(spec: GrpoTrainSpec, output_dir: Path, *, dtype: torch.dtype) ->
         per_device_train_batch_size=size,
         gradient_accumulation_steps=accumulation,
         reward_weights=[reward.weight for reward in spec.rewards],
-        bf16=dtype == torch.bfloat16,
+        bf16=bf16,
         use_cpu=not torch.cuda.is_available(),
         disable_tqdm=True,
         save_strategy="steps",
@@ -160,9 +165,29 @@ def make_config(spec: GrpoTrainSpec, output_dir: Path, *, dtype: torch.dtype) ->
     )
 
 
-def _dtype(spec: GrpoTrainSpec) -> torch.dtype:
-    wanted = torch.cuda.is_available() if spec.bf16 is None else spec.bf16
-    return torch.bfloat16 if wanted else torch.float32
+def _wants_bf16(spec: GrpoTrainSpec) -> bool:
+    return torch.cuda.is_available() if spec.bf16 is None else spec.bf16
+
+
+def _load_dtype(spec: GrpoTrainSpec, folder: Path) -> torch.dtype:
+    """bfloat16 only where it is wanted, the weights are frozen, and scoring may be rounded (erpo-spec section 4)."""
+    scoring = spec.scoring_dtype
+    if scoring == "auto":
+        small = not torch.cuda.is_available() or _num_parameters(folder) <= SMALL_MODEL
+        scoring = "float32" if small else "bfloat16"
+    rounded = _wants_bf16(spec) and scoring == "bfloat16" and spec.lora is not None
+    return torch.bfloat16 if rounded else torch.float32
+
+
+def _num_parameters(folder: Path) -> int:
+    """By the headers of its safetensors files."""
+    from safetensors import safe_open
+
+    count = 0
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            count += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+    return count
 
 
 def _lora(spec: GrpoTrainSpec):

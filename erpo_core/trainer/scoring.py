@@ -2,12 +2,16 @@
 
 # N = groups, G = responses a group, B = N * G, P = prompt tokens, T = completion tokens, H = hidden size
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from erpo_core.logits import TokenScores, score_tokens
+
+_TRAINABLE_HEAD_BLOCK = 256
+"""Tokens of a block where the head is trained: its logits are computed again in the backward."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +73,35 @@ def score_rollouts(model, rollouts: Rollouts, *, temperature: float, share_promp
     head = model.get_output_embeddings()
     hidden_nH = hidden_BTH[rollouts.mask]
     targets_n = rollouts.completion_ids[rollouts.mask]
-    return score_tokens(hidden_nH, head.weight, targets_n, temperature=temperature, bias=getattr(head, "bias", None))
+    # Autocast would compute the logits in bfloat16: a difference of two such log-probabilities is noise.
+    with torch.autocast(hidden_nH.device.type, enabled=False):
+        return _score_head(head, hidden_nH, targets_n, temperature)
+
+
+def _score_head(head, hidden_nH: Tensor, targets_n: Tensor, temperature: float) -> TokenScores:
+    weight, bias = head.weight, getattr(head, "bias", None)
+    if not (torch.is_grad_enabled() and weight.requires_grad):
+        return score_tokens(hidden_nH, weight, targets_n, temperature=temperature, bias=bias)
+    # A trained head needs a gradient of its own, which the cached score vector does not give.
+    fixed_bias = None if bias is None else bias.detach()
+    apart_nH = hidden_nH.detach().requires_grad_()
+    scores = score_tokens(apart_nH, weight.detach(), targets_n, temperature=temperature, bias=fixed_bias)
+    parts = [
+        checkpoint(_trainable_logps, hidden, weight, bias, targets, temperature, use_reentrant=False)
+        for hidden, targets in zip(
+            hidden_nH.split(_TRAINABLE_HEAD_BLOCK), targets_n.split(_TRAINABLE_HEAD_BLOCK), strict=True
+        )
+    ]
+    trained = torch.cat(parts) if parts else scores.logps
+    # The value of score_tokens, which scores the reference as well: the difference of two implementations is noise.
+    return replace(scores, logps=scores.logps.detach() + (trained - trained.detach()))
+
+
+def _trainable_logps(hidden_nH, weight_VH, bias_V, targets_n, temperature: float) -> Tensor:
+    logits_nV = torch.nn.functional.linear(
+        hidden_nH.float(), weight_VH.float(), None if bias_V is None else bias_V.float()
+    )
+    return (logits_nV / temperature).log_softmax(1).gather(1, targets_n[:, None]).squeeze(1)
 
 
 def body_of(model):

@@ -13,7 +13,8 @@ from erpo_core.records import Trace
 from erpo_core.specs.entropy import DetectorSpec
 
 if TYPE_CHECKING:
-    from erpo_core.trainer.trainer import ERPOTrainer, TraceGroup
+    from erpo_core.trainer.batches import TraceGroup
+    from erpo_core.trainer.trainer import ERPOTrainer
 
 
 def trace_records(trace: "TraceGroup", trainer: "ERPOTrainer", origin: dict[str, Any]) -> Iterator[Trace]:

@@ -6,8 +6,10 @@ advantages are formed from the very forward that is differentiated: ERPO then co
 """
 
 import time
+from collections import defaultdict
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,49 +20,17 @@ from erpo_core.advantages import ERPOSignals, erpo_advantages
 from erpo_core.generation.transformers import TransformersEngine
 from erpo_core.loss import erpo_loss, token_weights
 from erpo_core.prompts import stop_token_ids
+from erpo_core.trainer.batches import MicroBatch, Scored, TraceGroup
 from erpo_core.trainer.config import ERPOConfig
+from erpo_core.trainer.guards import SaveAtBoundaries, SkipNonFinite
 from erpo_core.trainer.measures import signal_metrics
+from erpo_core.trainer.reference import make_reference
+from erpo_core.trainer.sampler import EpochSampler
 from erpo_core.trainer.scoring import Rollouts, pad_rollouts, score_rollouts, spread
+from erpo_core.trainer.state import RunState
 
-
-@dataclass
-class MicroBatch:
-    """Whole groups of one micro-batch. ``old`` is set where the advantages were formed before the loss."""
-
-    rollouts: Rollouts
-    rewards: Tensor
-    outcomes: Tensor
-    finished: Tensor
-    examples: list[dict[str, Any]]
-    completions: list[str]
-    reward_rows: dict[str, Tensor]
-    groups_in_step: int
-    tokens_in_step: int
-    old: "Scored | None" = None
-    last_scored: "Scored | None" = None
-    verdicts: list[str] | None = None
-
-
-@dataclass(frozen=True)
-class Scored:
-    """Policy and reference on the sampled tokens, (B, T), and the advantages that follow."""
-
-    logps: Tensor
-    ref_logps: Tensor
-    entropies: Tensor
-    leverage_norms: Tensor
-    signals: ERPOSignals
-    advantages: Tensor
-
-
-@dataclass
-class TraceGroup:
-    """What is kept of the groups of one micro-batch, on the CPU."""
-
-    batch: MicroBatch
-    scored: Scored
-    noise_floor: float
-    step: int = field(default=0)
+SMALL_MODEL = 500_000_000
+"""Parameters up to which ``scoring_dtype="auto"`` is float32."""
 
 
 class ERPOTrainer(GRPOTrainer):
@@ -81,17 +51,43 @@ class ERPOTrainer(GRPOTrainer):
         for name in ("tools", "rollout_func", "environment_factory", "eval_dataset"):
             if kwargs.get(name) is not None:
                 raise ValueError(f"{name}: not supported by ERPOTrainer; leave it out")
+        self.keeps_rollouts = False
+        """Whether somebody empties ``rollout_log`` and ``traces``; otherwise only the last generation is kept."""
         self.traces: list[TraceGroup] = []
         self.rollout_log: list[MicroBatch] = []
-        self._noise = 0.0
-        self._entropy_moments: tuple[float, float] | None = None
-        loss_type, args.loss_type = args.loss_type, "bnpo"
-        super().__init__(model=model, reward_funcs=reward_funcs, args=args, **kwargs)
-        args.loss_type = loss_type
-        self._check_batches()
-        self._reference = self._make_reference()
+        self.run_state = RunState()
+        self._seconds: defaultdict[str, float] = defaultdict(float)
+        self._step_entropies = torch.zeros(3, dtype=torch.float64)
+        # TRL would load a reference by the model's name, or none at all where beta is 0; ERPO always needs its own.
+        kept = {"loss_type": args.loss_type, "beta": args.beta}
+        args.loss_type, args.beta = "bnpo", 0.0
+        try:
+            super().__init__(model=model, reward_funcs=reward_funcs, args=args, **kwargs)
+        finally:
+            args.loss_type, args.beta = kept["loss_type"], kept["beta"]
+        self.beta = args.beta
+        self._check_layout()
+        self._reference = make_reference(self.accelerator.unwrap_model(self.model))
+        self._scores_in_float32 = self._resolve_scoring_dtype() == "float32"
+        self.add_callback(SkipNonFinite(self))
+        self.add_callback(SaveAtBoundaries())
 
     # --- rollouts
+
+    def _get_train_sampler(self, dataset=None):
+        return EpochSampler(
+            data_source=self.train_dataset if dataset is None else dataset,
+            mini_repeat_count=self.num_generations,
+            batch_size=self.args.generation_batch_size // self.num_generations,
+            repeat_count=self.num_iterations * self.args.steps_per_generation,
+            shuffle=self.shuffle_dataset,
+            seed=self.args.seed,
+        )
+
+    def _tokenize_prompts(self, prompts: list):
+        if self._given_ids is None:
+            return super()._tokenize_prompts(prompts)
+        return self._given_ids, None, {}
 
     def _prepare_inputs(self, generation_batch):
         cycle = self.args.steps_per_generation * self.num_iterations
@@ -102,7 +98,7 @@ class ERPOTrainer(GRPOTrainer):
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, has_tool_images=False):
         model = self.accelerator.unwrap_model(self.model)
         unique = [list(ids) for ids in prompt_ids[::num_generations]]
-        with self._timed("generate"), self._autocast():
+        with self._timed("generate"), self._autocast(self.args.bf16):
             groups = TransformersEngine(model, self.processing_class).generate(
                 unique,
                 n=num_generations,
@@ -123,6 +119,8 @@ class ERPOTrainer(GRPOTrainer):
 
     def _roll_out(self, examples: list[dict[str, Any]]) -> list[MicroBatch]:
         prompts = [example["prompt"] for example in examples]
+        # A column ``prompt_ids`` holds the prompt as it is to be read; otherwise TRL tokenizes ``prompt``.
+        self._given_ids = [example["prompt_ids"] for example in examples] if "prompt_ids" in examples[0] else None
         prompt_ids, completion_ids, _, completions, *_ = self._generate(prompts)
         with self._timed("rewards"):
             per_function = self._calculate_rewards(examples, prompts, completions, completion_ids)
@@ -141,22 +139,25 @@ class ERPOTrainer(GRPOTrainer):
             part = slice(start, start + size)
             # The optimizer step that this micro-batch belongs to: its sizes are the denominators of the loss.
             first = start // (size * window) * size * window
-            in_step = completion_ids[first : first + size * window]
+            step_rows = range(first, min(first + size * window, len(prompts)))
+            rollouts = pad_rollouts(prompt_ids[part][:: self.num_generations], completion_ids[part], pad, device)
+            judged = ~rewards[part].isnan().to(device)
             batches.append(
                 MicroBatch(
-                    rollouts=pad_rollouts(prompt_ids[part][:: self.num_generations], completion_ids[part], pad, device),
+                    rollouts=replace(rollouts, mask=rollouts.mask & judged[:, None]),
                     rewards=rewards[part],
                     outcomes=per_function[part, self._outcome_index()],
                     finished=torch.tensor(self._finished[part]),
+                    lengths=[len(ids) for ids in completion_ids[part]],
                     examples=examples[part],
                     completions=[_text(completion) for completion in completions[part]],
                     reward_rows={name: per_function[part, i] for i, name in enumerate(self.reward_func_names)},
                     verdicts=verdicts[part] if verdicts else None,
-                    groups_in_step=len(in_step) // self.num_generations * self.accelerator.num_processes,
-                    tokens_in_step=sum(map(len, in_step)) * self.accelerator.num_processes,
+                    groups_in_step=len(step_rows) // self.num_generations,
+                    tokens_in_step=sum(len(completion_ids[row]) for row in step_rows if not rewards[row].isnan()),
                 )
             )
-        self.rollout_log += batches
+        self.rollout_log = [*self.rollout_log, *batches] if self.keeps_rollouts else batches
         if self._measures_noise():
             self._measure_noise(batches[0].rollouts)
         if not self._is_on_policy():
@@ -184,6 +185,19 @@ class ERPOTrainer(GRPOTrainer):
         """One optimizer step for each generation: the policy that is differentiated is the one that sampled."""
         return self.num_iterations == 1 and self.args.steps_per_generation <= self.args.gradient_accumulation_steps
 
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        """One micro-batch. At the end of an optimizer step the running statistics take the step in."""
+        before, start = sum(self._seconds.values()), time.perf_counter()
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        other = sum(self._seconds.values()) - before
+        self._seconds["backward"] += time.perf_counter() - start - other
+        if self.accelerator.sync_gradients:
+            count, total, squares = self._step_entropies.tolist()
+            if count and total - total == 0:
+                self.run_state.update_entropy(total / count, squares / count, self.args.entropy_ema_decay)
+            self._step_entropies.zero_()
+        return loss
+
     # --- scoring and advantages
 
     def _score(self, model, batch: MicroBatch) -> Scored:
@@ -206,7 +220,7 @@ class ERPOTrainer(GRPOTrainer):
 
     def _scores(self, policy, rollouts: Rollouts):
         shared = not self.args.gradient_checkpointing
-        with self._autocast():
+        with self._autocast(self.args.bf16 and not self._scores_in_float32):
             return score_rollouts(policy, rollouts, temperature=self.temperature, share_prompt=shared)
 
     def _reference_logps(self, policy, rollouts: Rollouts) -> Tensor:
@@ -214,12 +228,13 @@ class ERPOTrainer(GRPOTrainer):
             return self._scores(reference, rollouts).logps
 
     def _advantages(self, entropies, logps, ref_logps, mask, rewards) -> ERPOSignals:
-        args = self.args
-        mean, std = self._entropy_statistics()
-        signals = erpo_advantages(
-            entropies,
-            logps,
-            ref_logps,
+        args, state = self.args, self.run_state
+        self._step_entropies += _sums(entropies[mask])
+        # Scores that are not finite make the loss, and so the step, void; here they must only not raise.
+        return erpo_advantages(
+            entropies.nan_to_num(0.0),
+            logps.nan_to_num(0.0),
+            ref_logps.nan_to_num(0.0),
             mask,
             rewards,
             num_generations=self.num_generations,
@@ -230,29 +245,12 @@ class ERPOTrainer(GRPOTrainer):
             psi_std=args.psi_std,
             stabilizer=args.stabilizer,
             progress_noise_floor=self.noise_floor,
-            entropy_mean=mean,
-            entropy_std=std,
+            entropy_mean=state.entropy_mean if args.entropy_stats == "ema" else None,
+            entropy_std=state.entropy_std if args.entropy_stats == "ema" else None,
             gate=args.gate,
             anchor=args.anchor,
             norm=args.norm,
         )
-        if args.entropy_stats == "ema":
-            self._update_entropy_statistics(entropies[mask])
-        return signals
-
-    def _entropy_statistics(self) -> tuple[float | None, float | None]:
-        if self._entropy_moments is None:
-            return None, None
-        mean, second = self._entropy_moments
-        return mean, max(second - mean**2, 0.0) ** 0.5
-
-    def _update_entropy_statistics(self, entropies: Tensor) -> None:
-        if not len(entropies):
-            return
-        fresh = entropies.mean().item(), entropies.square().mean().item()
-        decay = self.args.entropy_ema_decay
-        held = self._entropy_moments or fresh
-        self._entropy_moments = tuple(decay * old + (1 - decay) * new for old, new in zip(held, fresh, strict=True))
 
     # --- noise of the progress signal
 
@@ -260,7 +258,7 @@ class ERPOTrainer(GRPOTrainer):
     def noise_floor(self) -> float:
         """Buckets whose progress spreads no more than this are silent."""
         wanted = self.args.progress_noise_floor
-        return max(2 * self._noise, 1e-6) if wanted == "auto" else float(wanted)
+        return max(2 * self.run_state.noise, 1e-6) if wanted == "auto" else float(wanted)
 
     def _measures_noise(self) -> bool:
         wanted = self.args.algorithm == "erpo" and self.args.progress_noise_floor == "auto"
@@ -279,7 +277,7 @@ class ERPOTrainer(GRPOTrainer):
                 for first in range(0, len(rollouts.mask), size)
                 for start in range(first, first + size, step)
             ]
-        self._noise = self.args.progress_scale * (whole - torch.cat(parts)).std(correction=0).item()
+        self.run_state.noise = self.args.progress_scale * (whole - torch.cat(parts)).std(correction=0).item()
 
     # --- loss
 
@@ -314,20 +312,36 @@ class ERPOTrainer(GRPOTrainer):
         )
         batch.last_scored = scored
         self._record(batch, scored, terms)
-        # DDP averages the ranks' gradients, the weights are those of the whole step.
-        return terms.loss * self.accelerator.num_processes
+        return terms.loss
 
-    # --- records
+    # --- records and checkpoints
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """TRL's, with the seconds of each phase summed over the micro-batches since the last call."""
+        for phase, seconds in self._seconds.items():
+            self._metrics["train"][f"time/{phase}"] = [seconds]
+        self._metrics["train"]["erpo/skipped_steps"] = [self.run_state.skipped_steps]
+        self._seconds.clear()
+        super().log(logs, start_time)
+
+    def _save_checkpoint(self, model, trial) -> None:
+        super()._save_checkpoint(model, trial)
+        self.run_state.save(Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}")
+
+    def _load_optimizer_and_scheduler(self, checkpoint) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            self.run_state = RunState.load(Path(checkpoint))
 
     def _record(self, batch: MicroBatch, scored: Scored, terms) -> None:
         mask = batch.rollouts.mask
         for name, value in signal_metrics(batch, scored, terms, self.num_generations, self.noise_floor).items():
             self._metrics["train"][name].append(value)
-        self._metrics["train"]["erpo/progress_noise"].append(self._noise)
+        self._metrics["train"]["erpo/progress_noise"].append(self.run_state.noise)
         self._metrics["train"]["num_active_tokens"] = [mask.sum().item()]
         step = self.state.global_step + 1
         last = step == self.state.max_steps
-        if self.args.trace_every and (step == 1 or last or step % self.args.trace_every == 0):
+        if self.keeps_rollouts and self.args.trace_every and (step == 1 or last or step % self.args.trace_every == 0):
             self.traces.append(TraceGroup(batch, scored, self.noise_floor, step))
 
     def _log_rewards(self, per_function: Tensor, rewards: Tensor) -> None:
@@ -342,12 +356,12 @@ class ERPOTrainer(GRPOTrainer):
     def _timed(self, phase: str):
         start = time.perf_counter()
         yield
-        self._metrics["train"][f"time/{phase}"].append(time.perf_counter() - start)
+        self._seconds[phase] += time.perf_counter() - start
 
     # --- the model
 
-    def _autocast(self):
-        return self.accelerator.autocast() if self.args.bf16 or self.args.fp16 else nullcontext()
+    def _autocast(self, wanted: bool):
+        return self.accelerator.autocast() if wanted else nullcontext()
 
     @contextmanager
     def _deterministic(self, model):
@@ -358,50 +372,29 @@ class ERPOTrainer(GRPOTrainer):
         yield
         model.train(training)
 
-    def _make_reference(self):
-        """A context manager that turns the policy into the frozen policy that training started from."""
-        from peft import PeftModel
+    def _resolve_scoring_dtype(self) -> str:
+        """float32 on the CPU and up to half a billion parameters, where it costs little; erpo-spec section 4."""
+        if self.args.scoring_dtype != "auto":
+            return self.args.scoring_dtype
+        small = self.accelerator.unwrap_model(self.model).num_parameters() <= SMALL_MODEL
+        return "float32" if small or self.accelerator.device.type == "cpu" else "bfloat16"
 
-        model = self.accelerator.unwrap_model(self.model)
-        if not isinstance(model, PeftModel):
-            frozen = self.ref_model or _frozen_copy(model)
-            return lambda policy: nullcontext(frozen)
-        if "ref" in model.peft_config:
-            return _use_adapter
-        return _without_adapter
-
-    def _check_batches(self) -> None:
+    def _check_layout(self) -> None:
         window = self.args.gradient_accumulation_steps
-        if self.args.steps_per_generation % window and window % self.args.steps_per_generation:
+        if self.args.steps_per_generation % window:
             raise ValueError(
-                f"steps_per_generation: {self.args.steps_per_generation} and gradient_accumulation_steps ({window}) "
-                "must divide one another, so that a generation ends with an optimizer step"
+                f"steps_per_generation: {self.args.steps_per_generation} must be a multiple of "
+                f"gradient_accumulation_steps ({window}), so that a generation holds whole optimizer steps"
             )
+        if self.accelerator.num_processes > 1:
+            # The body is called below DDP's wrapper, so the ranks would train apart without a word.
+            raise ValueError("num_processes: ERPOTrainer runs in one process; start one per model")
 
 
-def _frozen_copy(model):
-    import copy
-
-    return copy.deepcopy(model).eval().requires_grad_(False)
-
-
-@contextmanager
-def _without_adapter(policy):
-    training = policy.training
-    policy.eval()
-    with policy.disable_adapter():
-        yield policy
-    policy.train(training)
-
-
-@contextmanager
-def _use_adapter(policy):
-    training = policy.training
-    policy.eval()
-    policy.set_adapter("ref")
-    yield policy
-    policy.set_adapter("default")
-    policy.train(training)
+def _sums(values: Tensor) -> Tensor:
+    """Count, sum and sum of squares, on the CPU."""
+    wide = values.detach().double()
+    return torch.stack([torch.tensor(float(len(wide))), wide.sum().cpu(), wide.square().sum().cpu()])
 
 
 def _text(completion: str | list[dict[str, str]]) -> str:

@@ -29,7 +29,6 @@ DERIVED = {
     "job",
     "bf16",
     "max_length",
-    "scoring_dtype",
 }
 
 
@@ -118,7 +117,7 @@ def test_each_field_of_the_spec_reaches_the_trainer_under_its_name(tmp_path):
     assert fields == set(PASSED_THROUGH) | set(ERPO_ONLY) | DERIVED
     defaults = ERPOConfig(str(tmp_path), use_cpu=True)
     spec = parse_spec("train", {"model": "m", "dataset": "d"})
-    config = make_config(spec, tmp_path, dtype=torch.float32)
+    config = make_config(spec, tmp_path, bf16=False)
     for name in (*PASSED_THROUGH, *ERPO_ONLY):
         assert getattr(config, name) == getattr(spec, name), name
         if name not in ("save_steps", "save_total_limit", "trace_every", "generation_batch_size"):

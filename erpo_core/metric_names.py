@@ -1,0 +1,64 @@
+"""The names of a training run's metrics and what they mean. Light: the service shows them beside the curves."""
+
+METRICS: dict[str, str] = {
+    "loss": "Loss of eqs. 4 and 5, summed over the step.",
+    "reward": "Mean weighted reward.",
+    "reward_std": "Mean over groups of the rewards' standard deviation (Bessel).",
+    "entropy": "Mean entropy of the sampling distribution, nats a token.",
+    "entropy/p95": "95th percentile of the token entropies.",
+    "kl": "k3 estimate of KL(policy || reference), mean over tokens.",
+    "grad_norm": "Norm of the gradient before clipping.",
+    "learning_rate": "Learning rate of the step.",
+    "clip_ratio": "Share of tokens whose ratio was clipped.",
+    "num_tokens": "Tokens read and sampled since the start, prompts included.",
+    "num_active_tokens": "Tokens that carried loss in the last micro-batch.",
+    "tokens_per_second": "Sampled tokens per second of the whole step.",
+    "memory/peak_bytes": "Peak memory: of the device on CUDA, of the process on the CPU.",
+    "completions/mean_length": "Mean length of the answers, tokens.",
+    "completions/min_length": "Shortest answer.",
+    "completions/max_length": "Longest answer.",
+    "completions/clipped_ratio": "Share of answers cut at the length limit.",
+    "completions/mean_terminated_length": "Mean length of the answers that ended by themselves.",
+    "completions/min_terminated_length": "Shortest of those.",
+    "completions/max_terminated_length": "Longest of those.",
+    "completions/right_wrong_length_ratio": "Mean length of right answers over that of wrong ones.",
+    "time/generate": "Seconds in sampling.",
+    "time/rewards": "Seconds in reward functions.",
+    "time/score": "Seconds in forwards of policy and reference, advantages included.",
+    "time/noise": "Seconds in measuring the noise of the progress signal.",
+    "time/backward": "Seconds in the backward and the rest of the step.",
+    "time/step": "Seconds from one report to the next.",
+    "erpo/frac_dead_groups": "Share of groups whose rewards are all equal: no policy gradient.",
+    "erpo/frac_no_contrast": "Share of groups with unequal rewards but no advantage.",
+    "erpo/frac_all_right": "Share of groups whose outcomes are all right.",
+    "erpo/frac_all_wrong": "Share of groups whose outcomes are all wrong.",
+    "erpo/frac_live_by_shaping": "Share of groups alive through other rewards than the outcome alone.",
+    "erpo/frac_silent_buckets": "Share of buckets whose progress is no more than noise.",
+    "erpo/progress_std": "Standard deviation of the progress s (eq. 7).",
+    "erpo/progress_snr": "That, over the measured noise.",
+    "erpo/progress_noise": "Standard deviation of s that rounding alone makes.",
+    "erpo/gate_mean_top5": "Mean gate W (eq. 8) on the 5% of tokens of highest entropy.",
+    "erpo/gate_mean_bottom5": "Mean gate on the 5% of lowest entropy.",
+    "erpo/psi_std": "Standard deviation of Psi (eq. 10) on the tokens that have it.",
+    "erpo/share_flipped_right": "Share of the tokens of better answers with a negative advantage.",
+    "erpo/share_flipped_wrong": "Share of the tokens of worse answers with a positive advantage.",
+    "erpo/max_abs_advantage": "Largest |advantage|.",
+    "erpo/advantage_sum_residual": "Largest |mean advantage| of a live group; 0 by eq. 16.",
+    "erpo/advantage_var_residual": "Largest distance of a live group's variance from 1; 0 by eq. 16.",
+    "erpo/credit_on_top20_entropy": "Share of |advantage| on the 20% of tokens of highest entropy.",
+    "erpo/skipped_steps": "Steps without an update so far, because the gradient was not finite.",
+}
+_FAMILIES = {
+    "rewards/": "Mean of the reward function {}.",
+    "verdict/": "Share of answers whose check ended {}.",
+}
+
+
+def describe(name: str) -> str | None:
+    """What a metric means; None for a name that no run reports."""
+    if name in METRICS:
+        return METRICS[name]
+    for prefix, text in _FAMILIES.items():
+        if name.startswith(prefix):
+            return text.format(name.removeprefix(prefix))
+    return None

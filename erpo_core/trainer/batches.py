@@ -1,0 +1,53 @@
+"""What travels through a training step."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from erpo_core.advantages import ERPOSignals
+from erpo_core.trainer.scoring import Rollouts
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Policy and reference on the sampled tokens, (B, T), and the advantages that follow."""
+
+    logps: Tensor
+    ref_logps: Tensor
+    entropies: Tensor
+    leverage_norms: Tensor
+    signals: ERPOSignals
+    advantages: Tensor
+
+
+@dataclass
+class MicroBatch:
+    """Whole groups of one micro-batch. ``old`` is set where the advantages were formed before the loss.
+
+    ``rollouts.mask`` leaves out the answers that no reward function judged; ``lengths`` counts their tokens as well.
+    """
+
+    rollouts: Rollouts
+    rewards: Tensor
+    outcomes: Tensor
+    finished: Tensor
+    lengths: list[int]
+    examples: list[dict[str, Any]]
+    completions: list[str]
+    reward_rows: dict[str, Tensor]
+    groups_in_step: int
+    tokens_in_step: int
+    old: Scored | None = None
+    last_scored: Scored | None = None
+    verdicts: list[str] | None = None
+
+
+@dataclass(frozen=True)
+class TraceGroup:
+    """What is kept of the groups of one micro-batch."""
+
+    batch: MicroBatch
+    scored: Scored
+    noise_floor: float
+    step: int

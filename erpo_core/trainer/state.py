@@ -1,0 +1,42 @@
+"""What a run has measured and counted so far; a resumed run reads it from its checkpoint."""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+FILE_NAME = "erpo_state.json"
+
+
+@dataclass
+class RunState:
+    """``noise``: std of the rounding in the progress signal. ``entropy_mean``, ``entropy_second``: the running moments
+    of the entropy, None before the first step. ``skipped_steps``: steps without an update."""
+
+    noise: float = 0.0
+    entropy_mean: float | None = None
+    entropy_second: float | None = None
+    skipped_steps: int = 0
+
+    @property
+    def entropy_std(self) -> float | None:
+        """None before the first step."""
+        if self.entropy_mean is None:
+            return None
+        return max(self.entropy_second - self.entropy_mean**2, 0.0) ** 0.5
+
+    def update_entropy(self, mean: float, second: float, decay: float) -> None:
+        """Fold in one step's mean and second moment; the first step's are taken as they are."""
+        if self.entropy_mean is None:
+            self.entropy_mean, self.entropy_second = mean, second
+        self.entropy_mean = decay * self.entropy_mean + (1 - decay) * mean
+        self.entropy_second = decay * self.entropy_second + (1 - decay) * second
+
+    def save(self, folder: Path) -> None:
+        """Write it into a checkpoint."""
+        (folder / FILE_NAME).write_text(json.dumps(asdict(self)))
+
+    @classmethod
+    def load(cls, folder: Path) -> "RunState":
+        """That of a checkpoint; a fresh one where the checkpoint has none."""
+        path = folder / FILE_NAME
+        return cls(**json.loads(path.read_text())) if path.is_file() else cls()

@@ -1,0 +1,237 @@
+"""Training runs beyond the plain case: epochs, resume, precision, every weight, given adapters, bad numbers."""
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig, PeftModel, get_peft_model
+from test_trainer import DATASET, rollouts, train
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from erpo_core import ERPOConfig, ERPOTrainer
+from erpo_core.errors import RunError
+from erpo_core.metric_names import describe
+from erpo_core.trainer.scoring import score_rollouts
+from tiny_model import make_tiny_model
+
+SMALL_DATASET = DATASET.replace("size=16", "size=4")
+COMPARED = ("loss", "reward", "entropy", "kl", "grad_norm", "learning_rate", "erpo/progress_noise")
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return make_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+def even_ids(completion_ids, **_):
+    """A reward that a random model earns about half of the time."""
+    return [float(ids[0] % 2 == 0) for ids in completion_ids]
+
+
+def make_trainer(tiny, folder, *, reward=even_ids, model=None, peft=True, **changes) -> ERPOTrainer:
+    values = {
+        "num_generations": 4,
+        "per_device_train_batch_size": 8,
+        "gradient_accumulation_steps": 1,
+        "max_completion_length": 6,
+        "max_steps": 2,
+        "learning_rate": 1e-2,
+        "lr_scheduler_type": "constant",
+        "warmup_steps": 0,
+        "save_strategy": "no",
+        "use_cpu": True,
+        "disable_tqdm": True,
+    }
+    if model is None:
+        model = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
+    return ERPOTrainer(
+        model=model,
+        reward_funcs=reward,
+        args=ERPOConfig(str(folder), **(values | changes)),
+        train_dataset=Dataset.from_dict({"prompt": [f"{a}+{a}=" for a in range(16)]}),
+        processing_class=AutoTokenizer.from_pretrained(tiny),
+        peft_config=LoraConfig(r=4, target_modules="all-linear") if peft else None,
+    )
+
+
+def metrics_of(records) -> list[dict]:
+    return [record.values for record in records.by_kind["metrics"]]
+
+
+def test_a_run_resumed_in_its_second_epoch_sees_the_same_prompts_and_numbers(tiny, tmp_path):
+    settings = {"dataset": SMALL_DATASET, "max_steps": 5, "save_steps": 3, "entropy_stats": "ema"}
+    whole = train(tiny, tmp_path / "whole", **settings)
+    part = train(tiny, tmp_path / "part", stop_after=3, **settings)
+    rest = train(tiny, tmp_path / "rest", resume_from=tmp_path / "part" / "checkpoints" / "step-3", **settings)
+    again = [*part.by_kind["completions"], *rest.by_kind["completions"]]
+    assert [c.rows for c in whole.by_kind["completions"]] == [c.rows for c in again]
+    orders = [[row["prompt_id"] for row in c.rows] for c in whole.by_kind["completions"]]
+    assert orders[0] + orders[1] != orders[2] + orders[3], "epochs differ in their order"
+    for one, two in zip(metrics_of(whole), metrics_of(part) + metrics_of(rest), strict=True):
+        assert [one[name] for name in COMPARED] == [two[name] for name in COMPARED]
+
+
+def test_every_metric_of_a_run_is_in_the_registry(tiny, tmp_path):
+    for metrics in metrics_of(train(tiny, tmp_path, max_steps=1)):
+        assert [name for name in metrics if describe(name) is None] == []
+
+
+def test_checkpoints_are_cut_between_generations_and_rotated(tiny, tmp_path):
+    records = train(tiny, tmp_path, num_iterations=2, save_steps=1, max_steps=6, save_total_limit=1)
+    assert [checkpoint.step for checkpoint in records.by_kind["checkpoint"]] == [2, 4, 6]
+    left = {path.name for path in (tmp_path / "checkpoints").iterdir()}
+    assert "step-6" in left
+    assert len(left) <= 2, "the last, and the best"
+
+
+def test_every_weight_can_be_trained(tiny, tmp_path):
+    records = train(tiny, tmp_path, lora=None, max_steps=2, learning_rate=1e-3)
+    first, second = metrics_of(records)
+    assert first["erpo/progress_std"] == 0
+    assert first["grad_norm"] > 0
+    assert second["kl"] > 0
+
+
+def test_a_trained_head_gets_the_gradient_of_its_own_logits(tiny):
+    model = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
+    batch = rollouts()
+    weights = torch.linspace(-1, 1, int(batch.mask.sum()))
+    (score_rollouts(model, batch, temperature=0.7).logps * weights).sum().backward()
+    found = model.get_output_embeddings().weight.grad.clone()
+    model.zero_grad()
+    logps = []
+    for row, mask in enumerate(batch.mask):
+        group = row // batch.num_generations
+        prompt = batch.prompt_ids[group][batch.prompt_mask[group].bool()]
+        answer = batch.completion_ids[row][mask]
+        logits = model(torch.cat([prompt, answer])[None]).logits[0, len(prompt) - 1 : -1] / 0.7
+        logps.append(logits.log_softmax(1).gather(1, answer[:, None]).squeeze(1))
+    (torch.cat(logps) * weights).sum().backward()
+    torch.testing.assert_close(found, model.get_output_embeddings().weight.grad, atol=1e-4, rtol=1e-4)
+
+
+def test_bf16_runs_score_in_the_dtype_that_is_asked_for(tiny, tmp_path):
+    entropies = {}
+    for scoring in ("float32", "auto", "bfloat16"):
+        records = train(tiny, tmp_path / scoring, bf16=True, scoring_dtype=scoring, max_steps=2)
+        first, second = metrics_of(records)
+        assert first["erpo/progress_std"] == 0
+        assert second["erpo/progress_std"] > 0
+        entropies[scoring] = first["entropy"]
+    assert entropies["auto"] == entropies["float32"], "on a CPU, auto is float32"
+    assert entropies["bfloat16"] != entropies["float32"]
+
+
+def test_autocast_does_not_reach_the_head(tiny):
+    model = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32).eval().requires_grad_(False)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        scores = score_rollouts(model, rollouts(), temperature=1.0)
+    assert scores.logps.dtype == scores.entropies.dtype == torch.float32
+    assert (scores.logps != scores.logps.bfloat16().float()).any()
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.04])
+def test_the_reference_of_a_given_adapter_is_the_adapter_it_started_from(tiny, tmp_path, beta):
+    torch.manual_seed(3)
+    base = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
+    config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+    trainer = make_trainer(tiny, tmp_path, model=get_peft_model(base, config), peft=False, beta=beta)
+    start = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    trainer.train()
+    steps = [entry for entry in trainer.state.log_history if "kl" in entry]
+    assert steps[0]["kl"] == 0
+    assert steps[0]["erpo/progress_std"] == 0
+    moved = {name for name, p in trainer.model.named_parameters() if not torch.equal(p, start[name])}
+    assert moved
+    assert all(".default." in name for name in moved)
+
+
+def test_a_script_needs_no_sink_and_keeps_only_the_last_rollouts(tiny, tmp_path):
+    trainer = make_trainer(tiny, tmp_path, save_strategy="steps", save_steps=2, max_steps=4, trace_every=1)
+    trainer.train()
+    assert len(trainer.rollout_log) == 1
+    assert trainer.traces == []
+    plain = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
+    PeftModel.from_pretrained(plain, tmp_path / "checkpoint-4")
+
+
+def test_a_gradient_that_is_not_finite_is_skipped_and_then_fails_the_run(tiny, tmp_path):
+    trainer = make_trainer(tiny, tmp_path, max_steps=6, max_skipped_steps=2)
+    broken = {"left": 2}
+    parameter = next(p for n, p in trainer.model.named_parameters() if "lora_B" in n)
+
+    def poison(gradient):
+        broken["left"] -= 1
+        return gradient * float("nan") if broken["left"] >= 0 else gradient
+
+    handle = parameter.register_hook(poison)
+    trainer.train()
+    assert trainer.run_state.skipped_steps == 2
+    assert all(torch.isfinite(p).all() for p in trainer.model.parameters())
+    handle.remove()
+    parameter.register_hook(lambda gradient: gradient * float("nan"))
+    with pytest.raises(RunError) as caught:
+        trainer.train()
+    assert caught.value.code == "nonfinite_loss"
+
+
+def test_scores_that_are_not_finite_skip_the_step_as_well(tiny, tmp_path):
+    trainer = make_trainer(tiny, tmp_path, max_steps=1)
+    score = trainer._scores
+
+    def overflow(policy, batch):
+        scores = score(policy, batch)
+        object.__setattr__(scores, "logps", scores.logps * float("nan"))
+        return scores
+
+    trainer._scores = overflow
+    trainer.train()
+    assert trainer.run_state.skipped_steps == 1
+
+
+def test_an_answer_that_no_function_judged_moves_nothing(tiny, tmp_path):
+    def judge(completion_ids, **_):
+        return [None if i % 4 == 0 else float(ids[0] % 2 == 0) for i, ids in enumerate(completion_ids)]
+
+    trainer = make_trainer(tiny, tmp_path, reward=judge, max_steps=1, beta=0.5)
+    trainer.train()
+    (batch,) = trainer.rollout_log
+    assert not batch.rollouts.mask[::4].any()
+    assert batch.rollouts.mask[1].any()
+    assert batch.tokens_in_step == int(batch.rollouts.mask.sum())
+
+
+def weights_after(tiny, folder, **layout) -> tuple[torch.Tensor, list[str]]:
+    trainer = make_trainer(
+        tiny, folder, max_steps=1, optim="sgd", learning_rate=1.0, max_grad_norm=1e9, weight_decay=0.0, **layout
+    )
+    answers = []
+    score = trainer._compute_loss
+    trainer._compute_loss = lambda model, batch: (answers.append(batch.completions), score(model, batch))[1]
+    trainer.train()
+    trained = [p.detach().flatten() for n, p in trainer.model.named_parameters() if p.requires_grad]
+    return torch.cat(trained), [text for batch in answers for text in batch]
+
+
+@pytest.mark.parametrize("loss_type", ["erpo", "dapo", "grpo"])
+def test_one_update_whatever_the_micro_batches(tiny, tmp_path, loss_type):
+    whole, answers = weights_after(
+        tiny, tmp_path, per_device_train_batch_size=16, gradient_accumulation_steps=1, loss_type=loss_type
+    )
+    for size, accumulation in ((8, 2), (4, 4)):
+        again, same = weights_after(
+            tiny,
+            tmp_path,
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=accumulation,
+            loss_type=loss_type,
+        )
+        assert same == answers
+        torch.testing.assert_close(whole, again, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("option", ["gradient_checkpointing", "share"])
+def test_one_update_whatever_the_path(tiny, tmp_path, option):
+    plain, answers = weights_after(tiny, tmp_path)
+    changed, same = weights_after(tiny, tmp_path, gradient_checkpointing=option == "gradient_checkpointing")
+    assert same == answers
+    torch.testing.assert_close(plain, changed, atol=1e-5, rtol=1e-5)
