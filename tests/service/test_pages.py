@@ -1,5 +1,6 @@
 """The pages in a real browser, on the real API and a real database."""
 
+import re
 import threading
 import time
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import uvicorn
+from playwright.sync_api import expect, sync_playwright
 
 from erpo_core.codec import encode_trace
 from erpo_core.records import Checkpoint, Completions, Metrics, Progress, Resolved, Result, Trace
@@ -59,8 +61,7 @@ def service(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def browser():
-    playwright = pytest.importorskip("playwright.sync_api")
-    with playwright.sync_playwright() as running:
+    with sync_playwright() as running:
         opened = running.chromium.launch(executable_path=str(CHROMIUM), args=FLAGS)
         yield opened
         opened.close()
@@ -172,7 +173,7 @@ def test_the_list_links_to_every_run(service, page):
     assert page.locator(f"a[href='/analyze/entropy/{runs['entropy']}']").count() == 1
     assert page.locator("#jobs tbody tr").count() == 3
     page.get_by_role("button", name="Entropy").click()
-    page.wait_for_function("document.querySelectorAll('#jobs tbody tr').length === 1")
+    expect(page.locator("#jobs tbody tr")).to_have_count(1)
 
 
 def test_a_run_shows_curves_answers_traces_and_configuration(service, page):
@@ -257,7 +258,7 @@ def test_another_answer_is_one_key_away(service, page):
     page.goto(f"{base}/analyze/entropy/{runs['entropy']}")
     page.locator(".pick[aria-current]").wait_for()
     page.keyboard.press("]")
-    page.wait_for_function("location.hash.startsWith('#n=1')")
+    expect(page).to_have_url(re.compile("#n=1"))
 
 
 def test_the_credit_microscope_switches_channels(service, page):
