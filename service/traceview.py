@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 from sqlalchemy.orm import Session
 
+from erpo_core.analysis.statistics import HISTOGRAM_EDGES
 from erpo_core.errors import SpecError
 from service.db import traces as trace_rows
 from service.shape import finite, numbers
@@ -82,4 +83,14 @@ def pivot_json(row: Any) -> dict[str, Any]:
         "logp": finite(row.logp),
         "token": row.token,
         "alternatives": finite(row.alternatives or []),
+    }
+
+
+def histogram_json(counts: list[int], num_sequences: int) -> dict[str, Any]:
+    """Counts by entropy with the edges of their bins; zeros where nothing was traced."""
+    return {
+        "counts": counts or [0] * (len(HISTOGRAM_EDGES) - 1),
+        "edges": numbers(HISTOGRAM_EDGES),
+        "num_sequences": num_sequences,
+        "num_tokens": sum(counts),
     }

@@ -14,6 +14,9 @@ _TYPE_MENDS = {
     "finite": "write a finite number",
     "bool": "write true or false",
     "string_type": "write a string",
+    "string_unicode": "write valid Unicode: no lone surrogates",
+    "datetime": "write a time, for example 2026-01-31T12:00:00Z",
+    "timezone": "add the zone, for example 2026-01-31T12:00:00Z",
     "list": "write a list",
     "tuple": "write a list",
     "dict": "write an object",
@@ -32,6 +35,7 @@ _BOUNDS = {
     "too_long": ("max_length", "give at most {} items"),
     "literal_error": ("expected", "write one of {}"),
     "enum": ("expected", "write one of {}"),
+    "union_tag_invalid": ("expected_tags", "write one of {}"),
     "string_pattern_mismatch": ("pattern", "write a text that matches {}"),
 }
 _FIELD_MESSAGE = re.compile(r"^(?:Value error, )?([A-Za-z_][\w./]*): (.+)$", re.DOTALL)
@@ -42,14 +46,15 @@ def describe_errors(errors: list[dict[str, Any]], body: Any) -> list[dict[str, s
     """One entry per place of the body, in the order pydantic found them, at most 50.
 
     The branches of a union report the same place several times: they are joined, and a branch that only says "this
-    is not a string" about an object is dropped when another branch looked inside the object.
+    is not a string" about an object is dropped when another branch looked inside the object; so is a list's "too short"
+    when an item of it is wrong, for pydantic counts only the good ones.
     """
     items = [_describe(error, body) for error in errors]
     pointers = [item["pointer"] for item in items]
     joined: dict[str, dict[str, str]] = {}
     for item in items:
         inside = item["pointer"] + "/"
-        if item["code"] == "string_type" and any(pointer.startswith(inside) for pointer in pointers):
+        if item["code"] in ("string_type", "too_short") and any(pointer.startswith(inside) for pointer in pointers):
             continue
         first = joined.setdefault(item["pointer"], item)
         if first is not item and item["mend"] not in first["mend"]:
@@ -67,6 +72,9 @@ def _describe(error: dict[str, Any], body: Any) -> dict[str, str]:
     where, *location = error.get("loc") or ("body",)
     kind, message = error["type"], error["msg"].removeprefix("Value error, ")
     parts = _place(location, body, kind) if where == "body" else [where, *location]
+    if kind.startswith("union_tag"):
+        # The tag is read by a function, so pydantic names no field; the only one that tells specs apart is this.
+        parts, message = [*parts, "algorithm"], "there is no such algorithm"
     if kind == "value_error":
         field, message, mend = _split_value_error(message)
         parts += field

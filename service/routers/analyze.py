@@ -25,7 +25,7 @@ router = APIRouter(tags=["analyze"])
     status_code=202,
     response_model=Job,
     responses={200: {"model": RunDetail | Estimate, "description": "`wait`: it has ended; or `dry_run=true`"}}
-    | problems(401, 403, 409, 422),
+    | problems(401, 403, 409, 422, 429),
 )
 async def submit_analysis(
     desk: Desk,

@@ -7,13 +7,13 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import AwareDatetime
 from starlette.concurrency import run_in_threadpool
 
+from erpo_core.errors import SpecError
 from erpo_core.specs import EvaluateSpec, TrainSpec
 from service.auth import Principal, Reader, Submitter
 from service.db import events as event_rows
 from service.db import jobs as job_rows
 from service.db import logs as log_rows
 from service.deps import Bell, Db, Events
-from service.errors import RequestError
 from service.idempotency import Answer, OnlyOnce
 from service.negotiation import accepts
 from service.pagination import DEFAULT_LIMIT, Cursor, Limit, page_json
@@ -29,13 +29,14 @@ Seq = Annotated[int, Query(ge=0, le=2**62)]
 DryRun = Annotated[bool, Query(description="Validate and estimate; queue nothing.")]
 Status = Literal["queued", "starting", "running", "pausing", "paused", "cancelling", "cancelled", "succeeded", "failed"]
 _LOG_CHUNK = 2**20
+_SEQ_MEND = "give the `seq` of an event, or the next_cursor of the page before"
 
 
 @router.post(
     "/jobs/train",
     status_code=202,
     response_model=Job,
-    responses={200: {"model": Estimate, "description": "`dry_run=true`"}, **problems(401, 403, 409, 422)},
+    responses={200: {"model": Estimate, "description": "`dry_run=true`"}, **problems(401, 403, 409, 422, 429)},
 )
 def submit_training(
     desk: Desk,
@@ -50,7 +51,7 @@ def submit_training(
     "/jobs/evaluate",
     status_code=202,
     response_model=Job,
-    responses={200: {"model": Estimate, "description": "`dry_run=true`"}, **problems(401, 403, 409, 422)},
+    responses={200: {"model": Estimate, "description": "`dry_run=true`"}, **problems(401, 403, 409, 422, 429)},
 )
 def submit_evaluation(desk: Desk, spec: EvaluateSpec, dry_run: DryRun = False) -> Response:
     """Sample answers to a data set's problems and count the right ones."""
@@ -146,7 +147,7 @@ def delete_job(job_id: JobId, database: Db, principal: Submitter) -> None:
 @router.get(
     "/jobs/{job_id}/events",
     response_model=Page[Event],
-    responses={200: {"content": {"text/event-stream": {}}}, **problems(401, 404)},
+    responses={200: {"content": {"text/event-stream": {}}}, **problems(400, 401, 404)},
 )
 async def read_events(
     request: Request,
@@ -163,9 +164,9 @@ async def read_events(
         last = request.headers.get("last-event-id", "")
         await run_in_threadpool(_check_visible, database, job_id, principal)
         headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no", "Vary": "Accept"}
-        stream = events.stream(job_id, _parse_seq(last) if last else after)
+        stream = events.stream(job_id, _parse_seq(last, "/header/Last-Event-ID") if last else after)
         return StreamingResponse(stream, media_type="text/event-stream", headers=headers)
-    start = _parse_seq(cursor) if cursor else after
+    start = _parse_seq(cursor, "/query/cursor") if cursor else after
     return await run_in_threadpool(_event_page, database, job_id, principal, start, limit)
 
 
@@ -221,7 +222,9 @@ def _event_page(database: Db, job_id: str, principal: Principal, after: int, lim
         return JSONResponse(page_json(page, following, event_json), headers={"Vary": "Accept"})
 
 
-def _parse_seq(text: str) -> int:
-    if not text.isdigit() or len(text) > 18:
-        raise RequestError(f"{text!r} is not a place in the event history; give the `seq` of an event")
+def _parse_seq(text: str, pointer: str) -> int:
+    if not (text.isascii() and text.isdigit()) or len(text) > 18:
+        raise SpecError(
+            f"{text!r} is not a place in the event history", pointer=pointer, mend=_SEQ_MEND, code="invalid_cursor"
+        )
     return int(text)

@@ -38,7 +38,7 @@ def list_datasets(database: Db, principal: Reader, cursor: Cursor = None, limit:
         return JSONResponse(page_json(page.rows, page.next_cursor, dataset_json))
 
 
-@router.post("/datasets", status_code=201, response_model=DatasetEntry, responses=problems(401, 403, 413, 422))
+@router.post("/datasets", status_code=201, response_model=DatasetEntry, responses=problems(401, 403, 409, 413, 422))
 def upload_dataset(
     file: UploadFile,
     settings: AppSettings,

@@ -12,7 +12,7 @@ from service.negotiation import accepts
 from service.pagination import DEFAULT_LIMIT, Cursor, Limit, page_json
 from service.schemas.common import Page, problems
 from service.schemas.runs import Histogram, Pivots, Sequence, Tokens
-from service.traceview import bounds, pivot_json, read_columns, sequence_json, tokens_json
+from service.traceview import bounds, histogram_json, pivot_json, read_columns, sequence_json, tokens_json
 from service.visibility import RunId, visible_run
 
 training = APIRouter(tags=["traces"])
@@ -61,7 +61,8 @@ def _pivots(kind: str | None, run_id: str, database: Db, principal: Principal, t
 def _histogram(kind: str | None, run_id: str, database: Db, principal: Principal) -> Response:
     with database.read() as session:
         run = visible_run(session, run_id, principal, kind)
-        return JSONResponse(trace_rows.histogram(session, run.id))
+        counts = trace_rows.histogram(session, run.id)
+        return JSONResponse(histogram_json(counts, run.num_sequences))
 
 
 @training.get("/runs/{run_id}/traces", response_model=Page[Sequence], responses=problems(400, 401, 404))

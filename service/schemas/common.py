@@ -56,5 +56,6 @@ _MEANING = {
     413: "The body is too large",
     416: "The range lies outside",
     422: "The request cannot be honoured as written; `errors` names each place and the mend",
+    429: "Too many jobs are waiting",
     503: "Database out of reach",
 }

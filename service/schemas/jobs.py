@@ -1,9 +1,9 @@
 """Jobs, their events, and estimates."""
 
 from datetime import datetime
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, model_validator
 
 JobKindName = Literal["train", "evaluate", "entropy"]
 
@@ -83,9 +83,18 @@ class JobPatch(BaseModel):
 
     model_config = {"extra": "forbid"}
 
-    name: str | None = Field(None, max_length=200)
-    tags: list[str] | None = Field(None, max_length=32)
+    name: Annotated[str, Field(max_length=200, pattern=r"^[^\x00]*$")] | None = None
+    tags: list[Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[^\x00]*$")]] | None = Field(
+        None, max_length=32
+    )
     priority: int | None = Field(None, ge=-9, le=9)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        for name in ("tags", "priority"):
+            if name in self.model_fields_set and getattr(self, name) is None:
+                raise ValueError(f"{name}: null is no value; leave it out to keep what there is")
+        return self
 
 
 class CancelRequest(BaseModel):

@@ -145,6 +145,6 @@ class Histogram(BaseModel):
     """Token counts by entropy over the whole run."""
 
     counts: list[int]
-    edges: list[float]
+    edges: list[float | None] = Field(description="In nats, one more than `counts`; null: no upper end.")
     num_sequences: int
-    num_tokens: int
+    num_tokens: int = Field(description="The sum of `counts`.")

@@ -1,0 +1,280 @@
+"""What the API refuses: the field, what is wrong, what to write instead; and nothing is left behind."""
+
+import json
+import shutil
+
+import pytest
+from db_rows import claim, finish, store, submit
+from sqlalchemy import func, select
+
+from erpo_core.records import Checkpoint
+from service.db.engine import Database
+from service.db.models import Dataset, IdempotencyKey, Job, JobEvent, Run
+from service.settings import Settings
+
+TRAIN = {"model": "smollm2-135m", "dataset": "data:sums.jsonl"}
+ENTROPY = {"model": "smollm2-135m", "texts": [{"prompt": "1 + 1?", "response": "2"}]}
+NO_RUN = "run_" + "0" * 32
+JSON = {"Content-Type": "application/json"}
+
+
+def count_rows(database) -> dict[str, int]:
+    with database.read() as session:
+        tables = (Job, Run, JobEvent, Dataset, IdempotencyKey)
+        return {table.__tablename__: session.scalar(select(func.count()).select_from(table)) for table in tables}
+
+
+@pytest.fixture(scope="module")
+def stack(serving, sqlite_template, tmp_path_factory):
+    """(client, database, settings) of a service that stores nothing in these tests."""
+    home = tmp_path_factory.mktemp("refusals")
+    settings = Settings(data_dir=home, model_roots=(home / "models",), max_body_bytes=100_000)
+    shutil.copy(sqlite_template, home / "erpo.db")
+    database = Database(settings.database_url)
+    with serving(settings) as client:
+        (settings.data_root / "empty.jsonl").write_text("\n\n")
+        (settings.data_root / "broken.jsonl").write_text('{"problem": "1 + 1?", "answer": "2"}\n{"problem": \n')
+        (settings.data_root / "no-answer.jsonl").write_text('{"problem": "1 + 1?"}\n')
+        (home / "outside.jsonl").write_text('{"problem": "1 + 1?", "answer": "2"}\n')
+        (settings.data_root / "link.jsonl").symlink_to(home / "outside.jsonl")
+        (home / "models").mkdir()
+        (home / "models" / "away").symlink_to("/etc")
+        (home / "models" / "pickled").mkdir()
+        yield client, database, settings
+    database.dispose()
+
+
+@pytest.fixture
+def refusing(stack):
+    """The client; after the test there is no row of any kind, and no uploaded file."""
+    client, database, settings = stack
+    yield client
+    assert set(count_rows(database).values()) == {0}
+    assert not (settings.data_root / "uploads").exists()
+
+
+def refused(response, status: int = 422) -> dict:
+    """The problem document, of which everything that all have in common is right."""
+    body = response.json()
+    assert (response.status_code, body["status"]) == (status, status), body
+    assert response.headers["content-type"] == "application/problem+json"
+    assert body["instance"] == response.request.url.path
+    assert body["request_id"] == response.headers["x-request-id"]
+    assert body["type"].endswith(body["code"])
+    assert body["title"]
+    assert body["detail"]
+    return body
+
+
+def names(body: dict, pointer: str, mend: str) -> None:
+    """The problem has one entry, for this field, and its mend says this."""
+    (error,) = body["errors"]
+    assert error["pointer"] == pointer
+    assert error["mend"]
+    assert mend in error["mend"]
+    assert error["message"]
+
+
+TRAININGS = [
+    ({"model": "nope"}, "/model", "smollm2-135m"),
+    ({"model": ""}, "/model", "at least 1 character"),
+    ({"model": None}, "/model", "write a string"),
+    ({"model": "/etc"}, "/model", "ERPO_MODEL_ROOTS"),
+    ({"model": "../../etc"}, "/model", "ERPO_MODEL_ROOTS"),
+    ({"model": "org/../secret"}, "/model", "hub id"),
+    ({"model": {"run": NO_RUN}}, "/model/run", "GET /runs"),
+    ({"model": {"run": "job_1"}}, "/model/run", "^run_"),
+    ({"model": {"run": NO_RUN, "checkpoint": -1}}, "/model/checkpoint", "at least 0"),
+    ({"dataset": "data:empty.jsonl"}, "/dataset", '"problem"'),
+    ({"dataset": "data:broken.jsonl"}, "/dataset", '"problem"'),
+    ({"dataset": "data:no-answer.jsonl"}, "/dataset", '"answer"'),
+    ({"dataset": "data:../outside.jsonl"}, "/dataset", "data:sums.jsonl"),
+    ({"dataset": "data:link.jsonl"}, "/dataset", "data:sums.jsonl"),
+    ({"dataset": "data:/etc/passwd"}, "/dataset", "data:sums.jsonl"),
+    ({"dataset": "/etc/passwd"}, "/dataset", "data:<file>.jsonl"),
+    ({"dataset": "ds_" + "0" * 32}, "/dataset", "GET /datasets"),
+    ({"num_generations": 1}, "/num_generations", "at least 2"),
+    ({"num_generations": "eight"}, "/num_generations", "an integer"),
+    ({"num_generations": 2.5}, "/num_generations", "an integer"),
+    ({"generation_batch_size": 20}, "/generation_batch_size", "write 16"),
+    ({"temperature": -0.5}, "/temperature", "above 0"),
+    ({"num_generation": 8}, "/num_generation", "`num_generations`"),
+    ({"trust_remote_code": True}, "/trust_remote_code", "remove"),
+    ({"algorithm": "ppo"}, "/algorithm", "'erpo', 'grpo'"),
+    ({"algorithm": ["erpo"]}, "/algorithm", "'erpo', 'grpo'"),
+    ({"algorithm": "grpo", "num_buckets": 5}, "/num_buckets", "algorithm `erpo`"),
+    ({"lora": {"r": 0}}, "/lora/r", "at least 1"),
+    ({"lora": {"rank": 8}}, "/lora/rank", "remove"),
+    ({"rewards": []}, "/rewards", "at least 1 item"),
+    ({"rewards": [{"name": "accuracy"}, {"name": "vibes"}]}, "/rewards/1/name", "'boxed_format'"),
+    ({"rewards": [{"name": "vibes"}]}, "/rewards/0/name", "'boxed_format'"),
+    ({"rewards": [{"name": "accuracy", "args": {"x": 1}}]}, "/rewards/0/args", "no arguments"),
+    ({"rewards": [{"name": "accuracy"}, {"name": "regex", "args": {"pattern": "("}}]}, "/rewards/1/args", "pattern"),
+    ({"outcome_reward": "regex"}, "/outcome_reward", "add it"),
+    ({"max_length": 100}, "/max_completion_length", "below max_length"),
+    ({"hardware": {"strategy": "fsdp"}}, "/hardware/strategy", "'ddp'"),
+    ({"job": {"priority": 10}}, "/job/priority", "at most 9"),
+    ({"job": {"depends_on": [NO_RUN]}}, "/job/depends_on/0", "GET /runs"),
+    ({"job": {"name": "a\0b"}}, "/job/name", "NUL"),
+]
+
+
+@pytest.mark.parametrize(("change", "pointer", "mend"), TRAININGS, ids=lambda value: str(value)[:40])
+def test_a_wrong_training_is_refused(refusing, change, pointer, mend):
+    names(refused(refusing.post("/jobs/train", json=TRAIN | change)), pointer, mend)
+    names(refused(refusing.post("/jobs/train", json=TRAIN | change, params={"dry_run": True})), pointer, mend)
+
+
+ANALYSES = [
+    ({"detector": {"kind": "vibes"}}, "/detector/kind", "'transient'"),
+    ({"detector": {"fraction": 0}}, "/detector/fraction", "above 0"),
+    ({"detector": {"fraction": 1.5}}, "/detector/fraction", "at most 1"),
+    ({"detector": {"min_entropy": -1}}, "/detector/min_entropy", "at least 0"),
+    ({"detector": {"kind": "absolute", "threshold": "high"}}, "/detector/threshold", "a number"),
+    ({"detector": {"quantile": 0.05}}, "/detector/quantile", "remove"),
+    ({"model": {"run": NO_RUN}}, "/model/run", "GET /runs"),
+    ({"temperature": 0}, "/temperature", "above 0"),
+    ({"prompts": ["1 + 1?"]}, "/prompts", "either"),
+    ({"texts": []}, "/prompts", "either"),
+    ({"texts": "2"}, "/texts", "a list"),
+    ({"texts": [{"prompt": "1 + 1?", "response": ""}]}, "/texts/0/response", "at least 1"),
+    ({"texts": [{"prompt": "1 + 1?"}]}, "/texts/0/response", "add `response`"),
+]
+
+
+@pytest.mark.parametrize(("change", "pointer", "mend"), ANALYSES, ids=lambda value: str(value)[:40])
+def test_a_wrong_analysis_is_refused(refusing, change, pointer, mend):
+    names(refused(refusing.post("/analyze/entropy", json=ENTROPY | change)), pointer, mend)
+
+
+@pytest.mark.parametrize(
+    ("change", "pointer", "mend"),
+    [
+        ({"num_samples": 0}, "/num_samples", "at least 1"),
+        ({"sampling": {"temperature": -1}}, "/sampling/temperature", "at least 0"),
+        ({"sampling": {"top_p": 0}}, "/sampling/top_p", "above 0"),
+        ({"engine": "magic"}, "/engine", "'transformers'"),
+        ({"limit": "all"}, "/limit", "an integer"),
+        ({"dataset": "data:broken.jsonl"}, "/dataset", '"problem"'),
+        ({"model": "nope"}, "/model", "smollm2-135m"),
+    ],
+    ids=str,
+)
+def test_a_wrong_evaluation_is_refused(refusing, change, pointer, mend):
+    names(refused(refusing.post("/jobs/evaluate", json=TRAIN | change)), pointer, mend)
+
+
+def test_every_wrong_field_is_named_at_once(refusing):
+    body = refused(refusing.post("/jobs/train", json={"dataset": 5, "temperature": -1, "lora": {"r": "big"}}))
+    pointers = {error["pointer"] for error in body["errors"]}
+    assert pointers == {"/model", "/dataset", "/temperature", "/lora/r"}
+    assert all(error["mend"] for error in body["errors"])
+
+
+def test_a_broken_file_is_named_by_its_line(refusing):
+    body = refused(refusing.post("/jobs/train", json=TRAIN | {"dataset": "data:broken.jsonl"}))
+    assert (body["code"], "line 2" in body["detail"]) == ("invalid_dataset", True)
+
+
+@pytest.mark.parametrize("folder", ["away", "pickled", "none"])
+def test_a_folder_is_a_model_only_below_a_root_and_with_safetensors(stack, refusing, folder):
+    folder = f"{stack[2].data_dir}/models/{folder}"
+    names(refused(refusing.post("/jobs/train", json=TRAIN | {"model": folder})), "/model", "the model")
+
+
+@pytest.mark.parametrize(
+    ("content", "headers", "status"),
+    [
+        (b"", {}, 422),
+        (b"{", JSON, 422),
+        (b"[]", JSON, 422),
+        (b'"train"', JSON, 422),
+        (b"[" * 20_000, JSON, 400),
+        (b"\xff{}", JSON, 400),
+        (json.dumps(TRAIN).encode(), {}, 415),
+        (json.dumps(TRAIN).encode(), {"Content-Type": "text/plain"}, 415),
+        (json.dumps(TRAIN | {"pad": "x" * 100_000}).encode(), JSON, 413),
+        (json.dumps(TRAIN)[:-1].encode() + b', "temperature": NaN}', JSON, 422),
+        (json.dumps(TRAIN)[:-1].encode() + b', "learning_rate": 1e999}', JSON, 422),
+        (json.dumps(TRAIN)[:-1].encode() + b', "job": {"name": "\\ud800"}}', JSON, 422),
+    ],
+    ids=lambda value: str(value)[-30:],
+)
+def test_a_body_that_is_no_order_is_refused(refusing, content, headers, status):
+    refused(refusing.post("/jobs/train", content=content, headers=headers), status)
+
+
+def test_a_body_without_a_length_is_cut_off_at_the_limit(refusing):
+    refused(refusing.post("/jobs/train", content=iter([b" " * 60_000] * 2), headers=JSON), 413)
+
+
+UPLOADS = [
+    (b"", "no problem"),
+    (b"\n \n", "no problem"),
+    (b'{"problem": "1 + 1?", "answer": "2"}\n\n{"problem"', "line 3"),
+    (b'{"problem": "1 + 1?"}', "line 1"),
+    (b'{"problem": "1 + 1?", "answer": ""}', "line 1"),
+    (b'["1 + 1?", "2"]', "line 1"),
+    (b'{"problem": "\\u0000", "answer": "2"}', "line 1"),
+    (b"\xff\xff", "line 1"),
+]
+
+
+@pytest.mark.parametrize(("content", "message"), UPLOADS)
+def test_a_broken_upload_is_refused_by_its_line_and_leaves_no_file(refusing, content, message):
+    body = refused(refusing.post("/datasets", files={"file": ("sums.jsonl", content)}))
+    names(body, "/file", "")
+    assert message in body["detail"]
+
+
+def test_an_upload_needs_a_file(refusing):
+    names(refused(refusing.post("/datasets", files={"data": ("sums.jsonl", b"{}")})), "/file", "add `file`")
+
+
+QUERIES = [
+    ("/jobs", "limit", "0", "at least 1"),
+    ("/jobs", "limit", "201", "at most 200"),
+    ("/jobs", "limit", "many", "an integer"),
+    ("/jobs", "status", "done", "'succeeded'"),
+    ("/jobs", "kind", "sleep", "'entropy'"),
+    ("/jobs", "created_after", "yesterday", "a time"),
+    ("/jobs", "created_after", "2026-01-31T12:00:00", "zone"),
+    ("/runs", "kind", "sleep", "'entropy'"),
+    (f"/runs/{NO_RUN}/metrics", "max_points", "1", "at least 2"),
+    (f"/runs/{NO_RUN}/metrics", "smoothing", "1", "below 1"),
+    (f"/runs/{NO_RUN}/metrics", "step_min", "-1", "at least 0"),
+    (f"/runs/{NO_RUN}/cdps", "top", "0", "at least 1"),
+]
+
+
+@pytest.mark.parametrize(("path", "name", "value", "mend"), QUERIES)
+def test_a_wrong_query_is_refused(refusing, path, name, value, mend):
+    names(refused(refusing.get(path, params={name: value})), f"/query/{name}", mend)
+
+
+@pytest.mark.parametrize("path", ["/jobs", "/runs", "/datasets"])
+@pytest.mark.parametrize("cursor", ["x", "%", "NQ", "bnVsbA", "é"])
+def test_a_cursor_of_no_list_is_refused(refusing, path, cursor):
+    body = refused(refusing.get(path, params={"cursor": cursor}), 400)
+    assert body["code"] == "invalid_cursor"
+    names(body, "/query/cursor", "next_cursor")
+
+
+def test_a_checkpoint_that_does_not_exist_is_refused(api, database, job_in):
+    evaluated, bare = job_in("succeeded", "evaluate").run_id, job_in("failed").run_id
+    submit(database)
+    owned = claim(database)
+    store(database, owned, Checkpoint(8, "/nowhere", []))
+    finish(database, owned, "succeeded")
+    before = count_rows(database)
+    for reference, pointer, mend in (
+        ({"run": NO_RUN}, "/model/run", "GET /runs"),
+        ({"run": evaluated}, "/model/run", "kind train"),
+        ({"run": bare}, "/model/checkpoint", "saved a checkpoint"),
+        ({"run": owned.run_id, "checkpoint": 9}, "/model/checkpoint", "[8]"),
+    ):
+        for path, body in (("/jobs/train", TRAIN), ("/jobs/evaluate", TRAIN), ("/analyze/entropy", ENTROPY)):
+            names(refused(api.post(path, json=body | {"model": reference})), pointer, mend)
+    assert count_rows(database) == before
+    accepted = api.post("/analyze/entropy", json=ENTROPY | {"model": {"run": owned.run_id, "checkpoint": 8}})
+    assert (accepted.status_code, accepted.json()["depends_on"]) == (202, [])
