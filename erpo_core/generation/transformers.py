@@ -1,7 +1,8 @@
 """Sampling with a transformers model in this process.
 
-What makes it fast for groups of answers to one question: a prompt is computed once, its key-value cache is repeated for
-the n answers, and an answer that has ended leaves the batch.
+What makes it fast for groups of answers to one question: a prompt is computed once, and what all prompts begin with
+once for all; the key-value cache is repeated for the n answers and grows in place; an answer that has ended leaves the
+batch.
 """
 
 from collections.abc import Iterator, Sequence
@@ -11,6 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from erpo_core.generation.cache import roomy_cache
+from erpo_core.prefill import pad_prompts, prefill
 
 
 @dataclass(frozen=True)
@@ -78,9 +82,12 @@ class TransformersEngine:
     ) -> list[list[int]]:
         """Token ids of all B = len(prompts) * n answers, prompt by prompt."""
         device = self.model.device
-        logits, cache, mask = self._prefill(prompts, device)
+        padded_prompts = pad_prompts(prompts, self.tokenizer.pad_token_id or 0, device)
+        start = prefill(self.model, padded_prompts, cache=roomy_cache(self.model.config), logits_to_keep=1)
+        cache = start.past_key_values
         cache.batch_repeat_interleave(n)
-        logits, mask = logits.repeat_interleave(n, dim=0), mask.repeat_interleave(n, dim=0)
+        logits = start.logits[:, -1].repeat_interleave(n, dim=0)
+        mask = padded_prompts.mask.repeat_interleave(n, dim=0)
         padded = not bool(mask.all())
 
         generator = torch.Generator().manual_seed(seed)
@@ -104,21 +111,6 @@ class TransformersEngine:
             mask = torch.cat([mask, mask.new_ones(len(alive), 1)], dim=1)
             logits = self._step(chosen, cache, mask, padded)
         return answers
-
-    def _prefill(self, prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Any, Tensor]:
-        """Last logits (P, V), the cache, and the attention mask (P, L) of the left-padded prompts."""
-        longest = max(map(len, prompts))
-        pad = self.tokenizer.pad_token_id or 0
-        ids = torch.tensor([[pad] * (longest - len(p)) + list(p) for p in prompts], device=device)
-        mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
-        out = self.model(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=(mask.cumsum(1) - 1).clamp(min=0),
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        return out.logits[:, -1], out.past_key_values, mask
 
     def _step(self, chosen: Tensor, cache: Any, mask: Tensor, padded: bool) -> Tensor:
         """Logits (B, V) after one more token (B,) of each answer."""

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from erpo_core.logits import TokenScores, score_tokens
+from erpo_core.prefill import PaddedPrompts, pad_prompts, prefill
 
 _TRAINABLE_HEAD_BLOCK = 256
 """Tokens of a block where the head is trained: its logits are computed again in the backward."""
@@ -16,12 +17,10 @@ _TRAINABLE_HEAD_BLOCK = 256
 
 @dataclass(frozen=True)
 class Rollouts:
-    """Some groups of answers, padded: prompts on the left, completions on the right."""
+    """Some groups of answers, padded: prompts to end in one column, completions to begin in one."""
 
-    prompt_ids: Tensor
-    """(N, P) int64."""
-    prompt_mask: Tensor
-    """(N, P), 1 on prompt tokens."""
+    prompts: PaddedPrompts
+    """N prompts of P columns."""
     completion_ids: Tensor
     """(B, T) int64, rows of one group adjacent."""
     mask: Tensor
@@ -30,31 +29,23 @@ class Rollouts:
     @property
     def num_generations(self) -> int:
         """G."""
-        return len(self.completion_ids) // len(self.prompt_ids)
+        return len(self.completion_ids) // len(self.prompts.ids)
 
     def part(self, start: int, end: int) -> "Rollouts":
         """Responses ``start`` to ``end``, which belong to one group."""
-        group = slice(start // self.num_generations, start // self.num_generations + 1)
-        return Rollouts(
-            self.prompt_ids[group], self.prompt_mask[group], self.completion_ids[start:end], self.mask[start:end]
-        )
+        prompt = self.prompts.row(start // self.num_generations)
+        return Rollouts(prompt, self.completion_ids[start:end], self.mask[start:end])
 
 
 def pad_rollouts(prompts: list[list[int]], completions: list[list[int]], pad_id: int, device) -> Rollouts:
     """Rollouts of N prompts and their B completions."""
-    width = max(len(prompt) for prompt in prompts)
     length = max(1, *(len(completion) for completion in completions))
-    prompt_ids = torch.full((len(prompts), width), pad_id, dtype=torch.long)
-    prompt_mask = torch.zeros_like(prompt_ids)
-    for row, prompt in enumerate(prompts):
-        prompt_ids[row, width - len(prompt) :] = torch.tensor(prompt)
-        prompt_mask[row, width - len(prompt) :] = 1
     completion_ids = torch.full((len(completions), length), pad_id, dtype=torch.long)
     mask = torch.zeros(completion_ids.shape, dtype=torch.bool)
     for row, completion in enumerate(completions):
         completion_ids[row, : len(completion)] = torch.tensor(completion, dtype=torch.long)
         mask[row, : len(completion)] = True
-    return Rollouts(prompt_ids.to(device), prompt_mask.to(device), completion_ids.to(device), mask.to(device))
+    return Rollouts(pad_prompts(prompts, pad_id, device), completion_ids.to(device), mask.to(device))
 
 
 def score_rollouts(model, rollouts: Rollouts, *, temperature: float, share_prompt: bool = True) -> TokenScores:
@@ -119,19 +110,14 @@ def spread(values: Tensor, mask: Tensor) -> Tensor:
 
 def _shared_hidden(body, rollouts: Rollouts) -> Tensor:
     group_size = rollouts.num_generations
-    prompt = body(
-        input_ids=rollouts.prompt_ids,
-        attention_mask=rollouts.prompt_mask,
-        position_ids=(rollouts.prompt_mask.cumsum(1) - 1).clamp(min=0),
-        use_cache=True,
-    )
+    prompt = prefill(body, rollouts.prompts)
     first_B1H = prompt.last_hidden_state[:, -1:].repeat_interleave(group_size, 0)
     if rollouts.completion_ids.shape[1] == 1:
         return first_B1H
     cache = prompt.past_key_values
     if group_size > 1:
         cache.batch_repeat_interleave(group_size)
-    prompt_mask_BP = rollouts.prompt_mask.repeat_interleave(group_size, 0)
+    prompt_mask_BP = rollouts.prompts.mask.repeat_interleave(group_size, 0)
     ids_BT = rollouts.completion_ids[:, :-1]
     steps_T = torch.arange(ids_BT.shape[1], device=ids_BT.device)
     rest = body(
@@ -146,12 +132,12 @@ def _shared_hidden(body, rollouts: Rollouts) -> Tensor:
 
 def _plain_hidden(body, rollouts: Rollouts) -> Tensor:
     group_size = rollouts.num_generations
-    prompt_mask_BP = rollouts.prompt_mask.repeat_interleave(group_size, 0)
-    ids = torch.cat([rollouts.prompt_ids.repeat_interleave(group_size, 0), rollouts.completion_ids], 1)
+    prompt_mask_BP = rollouts.prompts.mask.repeat_interleave(group_size, 0)
+    ids = torch.cat([rollouts.prompts.ids.repeat_interleave(group_size, 0), rollouts.completion_ids], 1)
     mask = torch.cat([prompt_mask_BP, rollouts.mask.to(prompt_mask_BP.dtype)], 1)
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     output = body(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False)
-    return output.last_hidden_state[:, rollouts.prompt_ids.shape[1] - 1 : -1]
+    return output.last_hidden_state[:, rollouts.prompts.ids.shape[1] - 1 : -1]
 
 
 def check_head(config) -> None:

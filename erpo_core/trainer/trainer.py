@@ -159,7 +159,7 @@ class ERPOTrainer(GRPOTrainer):
             )
         self.rollout_log = [*self.rollout_log, *batches] if self.keeps_rollouts else batches
         if self._measures_noise():
-            self._measure_noise(batches[0].rollouts)
+            self._measure_noise(batches[0].rollouts.part(0, self.num_generations))
         if not self._is_on_policy():
             for batch in batches:
                 with torch.no_grad():
@@ -265,17 +265,17 @@ class ERPOTrainer(GRPOTrainer):
         return wanted and self.state.global_step % self.args.noise_floor_every == 0
 
     @torch.no_grad()
-    def _measure_noise(self, rollouts: Rollouts) -> None:
-        """The same tokens at another batch size, half a group at a time: what differs is rounding."""
+    def _measure_noise(self, group: Rollouts) -> None:
+        """The same tokens at another batch size, half of the group at a time: what differs is rounding."""
+        if not group.mask.any():
+            return
         size = self.num_generations
         step = max(1, size // 2)
         policy = self.accelerator.unwrap_model(self.model)
         with self._timed("noise"), self._deterministic(policy):
-            whole = self._scores(policy, rollouts).logps
+            whole = self._scores(policy, group).logps
             parts = [
-                self._scores(policy, rollouts.part(start, min(start + step, first + size))).logps
-                for first in range(0, len(rollouts.mask), size)
-                for start in range(first, first + size, step)
+                self._scores(policy, group.part(start, min(start + step, size))).logps for start in range(0, size, step)
             ]
         self.run_state.noise = self.args.progress_scale * (whole - torch.cat(parts)).std(correction=0).item()
 

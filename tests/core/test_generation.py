@@ -4,11 +4,14 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from erpo_core.generation.cache import RoomyLayer  # noqa: E402
 from erpo_core.generation.transformers import Sampling, TransformersEngine, draw  # noqa: E402
 from erpo_core.models import load_model  # noqa: E402
+from erpo_core.prefill import pad_prompts  # noqa: E402
 from tiny_model import make_tiny_model  # noqa: E402
 
 PROMPTS = ["What is 4 + 3?", "Why?", "A rather longer question than the other two."]
+EXAMPLE = "A worked example that every prompt begins with, long enough to be computed once. "
 
 
 @pytest.fixture(scope="module")
@@ -21,17 +24,19 @@ def engine(tiny):
     return TransformersEngine(*tiny)
 
 
-def encoded(tokenizer):
-    return [tokenizer(text)["input_ids"] for text in PROMPTS]
+def encoded(tokenizer, start=""):
+    return [tokenizer(start + text)["input_ids"] for text in PROMPTS]
 
 
-def test_greedy_answers_are_those_of_transformers_generate(tiny, engine):
+@pytest.mark.parametrize("start", ["", EXAMPLE])
+def test_greedy_answers_are_those_of_transformers_generate(tiny, engine, start):
     model, tokenizer = tiny
     stops = [tokenizer.eos_token_id, 40]
-    mine = engine.generate(encoded(tokenizer), n=1, temperature=0, max_new_tokens=24, stop_ids=stops)
-    for prompt, (sample,) in zip(encoded(tokenizer), mine, strict=True):
+    prompts = encoded(tokenizer, start)
+    mine = engine.generate(prompts, n=1, temperature=0, max_new_tokens=90, stop_ids=stops)
+    for prompt, (sample,) in zip(prompts, mine, strict=True):
         ids = torch.tensor([prompt])
-        theirs = model.generate(ids, do_sample=False, max_new_tokens=24, eos_token_id=stops)[0, len(prompt) :].tolist()
+        theirs = model.generate(ids, do_sample=False, max_new_tokens=90, eos_token_id=stops)[0, len(prompt) :].tolist()
         assert sample.token_ids == theirs
         assert sample.finished == (theirs[-1] in stops)
 
@@ -72,6 +77,37 @@ def test_the_prompt_is_computed_once_and_ended_answers_leave_the_batch(tiny, eng
     assert shapes[0] == (3, max(map(len, prompts)))
     lengths = [len(sample.token_ids) for group in samples for sample in group]
     assert [rows for rows, _ in shapes[1:]] == [sum(n > step for n in lengths) for step in range(1, max(lengths))]
+
+
+def test_what_all_prompts_begin_with_is_computed_once(tiny, engine, monkeypatch):
+    model, tokenizer = tiny
+    prompts = encoded(tokenizer, EXAMPLE)
+    shared = pad_prompts(prompts, 0, "cpu").shared
+    shapes, forward = [], model.forward
+    monkeypatch.setattr(model, "forward", lambda **kw: (shapes.append(tuple(kw["input_ids"].shape)), forward(**kw))[1])
+    engine.generate(prompts, n=2, max_new_tokens=2, stop_ids=[])
+    assert shared == len(tokenizer(EXAMPLE)["input_ids"])
+    assert shapes == [(1, shared), (3, max(map(len, prompts)) - shared), (6, 1)]
+
+
+def test_the_cache_grows_in_place_and_follows_a_selection_of_rows():
+    layer, whole = RoomyLayer(), torch.randn(4, 2, 300, 8)
+    places = set()
+    for token in range(250):
+        keys, values = layer.update(whole[:, :, token : token + 1], -whole[:, :, token : token + 1])
+        places.add(keys.data_ptr())
+    assert len(places) < 6
+    layer.batch_select_indices(torch.tensor([0, 3]))
+    for token in range(250, 300):
+        keys, values = layer.update(whole[[0, 3], :, token : token + 1], -whole[[0, 3], :, token : token + 1])
+    assert torch.equal(keys, whole[[0, 3]])
+    assert torch.equal(values, -whole[[0, 3]])
+    assert layer.get_seq_length() == 300
+
+
+def test_the_cache_refuses_a_gradient_that_it_would_lose():
+    with pytest.raises(RuntimeError, match="DynamicCache"):
+        RoomyLayer().update(torch.randn(1, 1, 1, 2, requires_grad=True), torch.randn(1, 1, 1, 2))
 
 
 def test_a_peft_model_samples_and_keeps_its_mode_and_gradients(tmp_path):

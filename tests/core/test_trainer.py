@@ -48,36 +48,42 @@ def policy(tiny):
     return model.eval()
 
 
-def rollouts():
+def rollouts(common: int = 0):
+    """Two groups of three; their prompts begin with ``common`` tokens that are the same."""
     generator = torch.Generator().manual_seed(1)
     prompts = [torch.randint(3, 100, (length,), generator=generator).tolist() for length in (5, 9)]
+    prompts = [[*range(10, 10 + common), *prompt] for prompt in prompts]
     lengths = (4, 1, 7, 3, 6, 2)
     return pad_rollouts(prompts, [torch.randint(3, 100, (n,), generator=generator).tolist() for n in lengths], 0, "cpu")
 
 
-def gradient(model, share_prompt: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def gradient(model, batch, share_prompt: bool) -> tuple[torch.Tensor, torch.Tensor]:
     model.zero_grad()
-    scores = score_rollouts(model, rollouts(), temperature=0.8, share_prompt=share_prompt)
+    scores = score_rollouts(model, batch, temperature=0.8, share_prompt=share_prompt)
     (scores.logps * torch.linspace(-1, 1, len(scores.logps))).sum().backward()
     grads = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
     return scores.logps.detach(), torch.cat(grads)
 
 
-def test_a_prompt_computed_once_gives_the_scores_and_the_gradient_of_the_plain_path(policy):
-    shared, shared_gradient = gradient(policy, True)
-    plain, plain_gradient = gradient(policy, False)
+@pytest.mark.parametrize("common", [0, 20])
+def test_a_prompt_computed_once_gives_the_scores_and_the_gradient_of_the_plain_path(policy, common):
+    batch = rollouts(common)
+    assert batch.prompts.shared == common
+    shared, shared_gradient = gradient(policy, batch, True)
+    plain, plain_gradient = gradient(policy, batch, False)
     torch.testing.assert_close(shared, plain, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(shared_gradient, plain_gradient, atol=1e-5, rtol=1e-4)
     assert plain_gradient.abs().max() > 1e-3
 
 
-def test_scores_are_those_of_the_models_own_logits(policy):
-    batch = rollouts()
+@pytest.mark.parametrize("common", [0, 20])
+def test_scores_are_those_of_the_models_own_logits(policy, common):
+    batch = rollouts(common)
     scores = score_rollouts(policy, batch, temperature=1.0)
     expected = []
     for row, mask in enumerate(batch.mask):
         group = row // batch.num_generations
-        prompt = batch.prompt_ids[group][batch.prompt_mask[group].bool()]
+        prompt = batch.prompts.ids[group][batch.prompts.mask[group].bool()]
         ids = torch.cat([prompt, batch.completion_ids[row][mask]])
         logp = policy(ids[None]).logits[0].log_softmax(1)
         expected.append(logp[len(prompt) - 1 : -1].gather(1, ids[len(prompt) :, None]).squeeze(1))

@@ -101,7 +101,7 @@ def test_a_trained_head_gets_the_gradient_of_its_own_logits(tiny):
     logps = []
     for row, mask in enumerate(batch.mask):
         group = row // batch.num_generations
-        prompt = batch.prompt_ids[group][batch.prompt_mask[group].bool()]
+        prompt = batch.prompts.ids[group][batch.prompts.mask[group].bool()]
         answer = batch.completion_ids[row][mask]
         logits = model(torch.cat([prompt, answer])[None]).logits[0, len(prompt) - 1 : -1] / 0.7
         logps.append(logits.log_softmax(1).gather(1, answer[:, None]).squeeze(1))
