@@ -65,7 +65,12 @@ class Publisher:
         celery = Celery("erpo", broker=self.broker_url, set_as_current=False)
         celery.conf.update(
             task_ignore_result=True,
-            broker_transport_options={"socket_connect_timeout": _TIMEOUT_SECONDS, "socket_timeout": _TIMEOUT_SECONDS},
+            broker_transport_options={
+                "socket_connect_timeout": _TIMEOUT_SECONDS,
+                "socket_timeout": _TIMEOUT_SECONDS,
+                # A broker that is away holds neither the later messages back nor the end of the process.
+                "max_retries": 0,
+            },
         )
         while (job_id := self._waiting.get()) is not None:
             try:
