@@ -27,11 +27,11 @@ def finite(value: Any) -> Any:
     return value
 
 
-def numbers(column: np.ndarray, digits: int = 6) -> list[int | float | None]:
-    """A column as JSON numbers; floats to 6 significant digits, which is more than the stored ones have."""
+def numbers(column: np.ndarray) -> list[int | float | None]:
+    """A column as JSON numbers; floats with the fewest digits that give the same number back in the column's type."""
     if column.dtype.kind in "iu":
         return column.tolist()
-    return [float(f"{value:.{digits}g}") if math.isfinite(value) else None for value in column.tolist()]
+    return [value if math.isfinite(value) else None for value in map(float, column.astype(str).tolist())]
 
 
 def job_json(job: Any) -> dict[str, Any]:
