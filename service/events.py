@@ -71,6 +71,7 @@ class EventHub:
         """The job's events with ``seq > after`` without loss, until it has ended; None when nothing came for 15 s."""
         with self._listen(job_id) as (channel, changed):
             may_have_ended = True
+            woken = False
             while not self._closing:
                 changed.clear()
                 events = await self._after(job_id, channel, after)
@@ -79,14 +80,18 @@ class EventHub:
                     may_have_ended |= event["type"] == "job.status"
                     yield event
                 if events:
+                    woken = False
                     continue
-                if may_have_ended:
+                # Woken by events that are not for this listener, which asked for later ones: the end may be among them.
+                if may_have_ended or woken:
                     may_have_ended, latest = await run_in_threadpool(self._state, job_id)
                     if may_have_ended and latest <= after:
                         return
                 try:
                     await asyncio.wait_for(changed.wait(), PING_SECONDS)
+                    woken = True
                 except TimeoutError:
+                    woken = False
                     yield None
 
     async def wait_until_terminal(self, job_id: str, seconds: float) -> bool:
