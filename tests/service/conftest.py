@@ -16,7 +16,7 @@ from service.settings import Settings
 
 
 @contextlib.contextmanager
-def _serving(settings: Settings):
+def _serving(settings: Settings, leaving: list[threading.Thread]):
     """A client of a server of this process that listens on a port of its own."""
     folder = settings.data_root
     folder.mkdir(parents=True, exist_ok=True)
@@ -34,21 +34,25 @@ def _serving(settings: Settings):
             yield client
     finally:
         server.should_exit = True
-        thread.join(20)
+        leaving.append(thread)
 
 
 @pytest.fixture(scope="session")
 def serving():
-    """``with serving(settings) as client``."""
-    return _serving
+    """``with serving(settings) as client``. A server takes 0.2 s to leave: the next test does not wait for it."""
+    leaving = []
+    yield lambda settings: _serving(settings, leaving)
+    for thread in leaving:
+        thread.join(20)
+        assert not thread.is_alive(), "a server did not leave"
 
 
 @pytest.fixture
-def serve(database, tmp_path):
+def serve(database, tmp_path, serving):
     """Serves the test's database, with settings of its own; gives a client."""
     with contextlib.ExitStack() as stack:
         yield lambda **settings: stack.enter_context(
-            _serving(Settings(data_dir=tmp_path, database_url=database.url, **settings))
+            serving(Settings(data_dir=tmp_path, database_url=database.url, **settings))
         )
 
 
