@@ -24,7 +24,7 @@ TASK = "reasoning-gym:chain_sum?min_terms=2&max_terms=2&min_digits=1&max_digits=
 TRAINING_SET = f"{TASK}&size=2000&seed=1"
 HELD_OUT_SET = f"{TASK}&size=64&seed=20260101"
 STEPS = 12
-MAX_COMPLETION_LENGTH = 40
+MAX_COMPLETION_LENGTH = 32
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def play(client: ErpoClient, console: Console, *, steps: int = STEPS) -> DemoRun
         ErpoApiError: the service refused something.
     """
     console.rule("[bold]Train", align="left")
-    console.print(f"ERPO with LoRA on {MODEL}: sums of two numbers, {steps} steps of 16 answers.")
+    console.print(f"ERPO with LoRA on {MODEL}: sums of two numbers, {steps} steps of 32 answers.")
     training = client.train(**training_spec(steps))
     console.print(f"[dim]{client.base_url}/runs/{training.run_id}[/]")
     _follow(console, training, "ERPO")
@@ -117,7 +117,7 @@ def training_spec(steps: int) -> dict[str, Any]:
         "dataset": TRAINING_SET,
         "prompt": prompt_spec(),
         "num_generations": 8,
-        "generation_batch_size": 16,
+        "generation_batch_size": 32,
         "max_completion_length": MAX_COMPLETION_LENGTH,
         "max_steps": steps,
         "learning_rate": 2e-4,
