@@ -69,7 +69,7 @@ def parse(kind: str, body: dict[str, Any]) -> Any:
 def set_threads() -> None:
     """As many threads as this process may use, unless the environment says otherwise; before torch is imported."""
     os.environ.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
-    # A waiting thread spins some ten microseconds, then sleeps. The default spins for milliseconds, which takes the cores
+    # A waiting thread spins some ten microseconds, then sleeps. The default spins for milliseconds and takes the cores
     # from whoever else computes (seen to slow both by five times); never to spin costs a decoding step half its speed.
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
