@@ -381,5 +381,5 @@ def test_wrong_input_is_refused_with_the_argument_named(change, message):
 
 def test_a_mask_that_is_not_two_dimensional_is_refused():
     case = {name: torch.zeros(4) for name in ("entropies", "logps", "ref_logps", "mask", "rewards")}
-    with pytest.raises(ValueError, match="^mask"):
+    with pytest.raises(ValueError, match=r"^mask"):
         erpo_advantages(**case, num_generations=4)
