@@ -46,9 +46,33 @@ def erpo_advantages(
     anchor: bool = True,
     norm: bool = True,
 ) -> ERPOSignals:
-    """Token advantages of whole groups.
+    """Token advantages of whole groups: ``num_generations`` adjacent rows each; groups never see each other.
 
-    See the module's specification; groups are ``num_generations`` adjacent rows and never see each other.
+    Statistics are sums over a group's active tokens in one row of (N, L): float32, or float64 where an input is. The
+    result is detached, does not depend on padding, and is 0 throughout a group whose rewards do not differ.
+
+    Args:
+        entropies: (B, T) nats, H of the distribution that each token was drawn from, >= 0.
+        logps: (B, T) nats, log pi_theta of each token.
+        ref_logps: (B, T) nats, log pi_ref of each token, scored by the same implementation.
+        mask: (B, T) bool or int, 1 where a token is trained on. Values elsewhere are never read, NaN included.
+        rewards: (B,) R_i; NaN leaves its response out of the group.
+        num_generations: G.
+        num_buckets: K, relative-position buckets of a response; 1 normalises over the whole group.
+        gate_scale: gamma of eq. 8.
+        progress_scale: beta_progress of eq. 9.
+        synthesis_weight: eta of eq. 10; 0 leaves GRPO's advantage, normalised again.
+        psi_std: sigma_target, the spread of psi inside a group before synthesis.
+        stabilizer: delta of eqs. 8-10 (eq. 3 has its own: 1e-4, as TRL).
+        progress_noise_floor: nats; a bucket whose progress varies no more than this is silent (z = 0).
+        entropy_mean: nats, replaces the group's mean in eq. 8 (a moving average); None takes the group's.
+        entropy_std: nats, likewise.
+        gate: False sets every gate to 1 (ablation).
+        anchor: False drops sign(A_i) from eq. 10 (ablation).
+        norm: False returns the sum before Norm_G (ablation).
+
+    Raises:
+        ValueError: shapes disagree, G does not divide B, K < 1, or an active entropy is NaN or below -1e-4.
     """
     _check_shapes(entropies, logps, ref_logps, mask, rewards, num_generations, num_buckets)
     dtype = torch.promote_types(torch.float32, torch.promote_types(entropies.dtype, logps.dtype))

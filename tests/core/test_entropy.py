@@ -1,0 +1,190 @@
+"""Entropy analysis of a tiny model: its numbers against float64, its alignment, its pivots and its refusals."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
+
+from erpo_core.analysis.entropy import run_entropy  # noqa: E402
+from erpo_core.analysis.tokens import display_tokens  # noqa: E402
+from erpo_core.codec import decode_trace  # noqa: E402
+from erpo_core.errors import SpecError  # noqa: E402
+from erpo_core.job import JobInputs, ModelInput  # noqa: E402
+from erpo_core.prompts import prompt_ids  # noqa: E402
+from erpo_core.records import Result, Trace, from_wire, to_wire  # noqa: E402
+from erpo_core.specs.entropy import EntropySpec  # noqa: E402
+from tiny_model import make_tiny_model, make_tiny_tokenizer  # noqa: E402
+
+RUNNING = SimpleNamespace(requested=False)
+TEXTS = [
+    {"prompt": "What is 17 + 25?", "response": "17 + 25 = 42, so the answer is \\boxed{42}."},
+    {"prompt": "Say it in Greek.", "response": "ἀεί — 永遠 🙂 done"},
+]
+
+
+class Memory:
+    """A sink that keeps what would go over the wire."""
+
+    def __init__(self) -> None:
+        self.records = []
+
+    def emit(self, record) -> None:
+        self.records.append(from_wire(*to_wire(record)))
+
+    def of(self, kind) -> list:
+        return [record for record in self.records if isinstance(record, kind)]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return make_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+def inputs(tiny, adapter=None) -> JobInputs:
+    return JobInputs(
+        job_id="job_1",
+        run_id="run_1",
+        attempt=1,
+        work_dir=tiny.parent / "work",
+        cache_dir=tiny.parent / "cache",
+        model=ModelInput(str(tiny), adapter_path=adapter),
+        model_roots=(tiny.parent,),
+    )
+
+
+def analyse(job_inputs, **body) -> tuple[list[Trace], dict]:
+    """The traces and the summary of one analysis."""
+    sink = Memory()
+    spec = EntropySpec.model_validate({"model": job_inputs.model.base, **body})
+    run_entropy(spec, job_inputs, sink, RUNNING)
+    return sink.of(Trace), sink.of(Result)[0].summary
+
+
+def by_hand(path, spec: EntropySpec, text, temperature: float) -> tuple[np.ndarray, np.ndarray, list[int]]:
+    """(H, log p, token ids) of one response: plain transformers, logits whole, float64."""
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64),
+        AutoTokenizer.from_pretrained(path),
+    )
+    prompt = prompt_ids(tokenizer, text["prompt"], spec.prompt)
+    answer = tokenizer(text["response"], add_special_tokens=False)["input_ids"]
+    with torch.no_grad():
+        logits = model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1].double()
+    logps = (logits / temperature).log_softmax(1)
+    entropies = -(logps.exp() * logps).sum(1)
+    return entropies.numpy(), logps[range(len(answer)), answer].numpy(), answer
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_entropy_and_log_probability_equal_a_float64_recomputation(tiny, temperature):
+    traces, summary = analyse(inputs(tiny), texts=TEXTS, temperature=temperature)
+    spec = EntropySpec.model_validate({"model": str(tiny), "texts": TEXTS})
+    assert summary["num_sequences"] == len(traces) == len(TEXTS)
+    for trace, text in zip(traces, TEXTS, strict=True):
+        columns = decode_trace(trace.payload)
+        entropies, logps, answer = by_hand(tiny, spec, text, temperature)
+        assert columns["token_ids"].tolist() == answer
+        np.testing.assert_allclose(columns["entropy"], entropies, atol=1e-4)
+        np.testing.assert_allclose(columns["logp"], logps, atol=1e-4)
+
+
+def test_the_tokens_of_a_page_are_the_text(tiny):
+    traces, _ = analyse(inputs(tiny), texts=TEXTS)
+    for trace, text in zip(traces, TEXTS, strict=True):
+        assert "".join(trace.meta["tokens"]) == text["response"] == trace.meta["completion"]
+        assert len(trace.meta["tokens"]) == trace.meta["num_tokens"] == len(text["response"].encode())
+
+
+def test_a_character_of_several_tokens_sits_on_the_first():
+    tokenizer = make_tiny_tokenizer()
+    ids = tokenizer("a🙂b永", add_special_tokens=False)["input_ids"]
+    assert display_tokens(tokenizer, ids) == ["a", "🙂", "", "", "", "b", "永", "", ""]
+
+
+def test_half_a_character_stays_a_replacement_character():
+    tokenizer = make_tiny_tokenizer()
+    ids = tokenizer("🙂x", add_special_tokens=False)["input_ids"]
+    assert display_tokens(tokenizer, ids[2:]) == ["\ufffd", "\ufffd", "x"]
+
+
+def test_pivots_are_the_tokens_of_highest_entropy_with_their_alternatives(tiny):
+    detector = {"kind": "quantile", "fraction": 0.1}
+    traces, summary = analyse(inputs(tiny), texts=TEXTS, detector=detector, top_k_alternatives=3)
+    for trace in traces:
+        entropies = decode_trace(trace.payload)["entropy"]
+        pivots = trace.meta["pivots"]
+        assert len(pivots) == -(-len(entropies) // 10)
+        highest = np.sort(entropies)[-len(pivots) :]
+        np.testing.assert_allclose(sorted(p["entropy"] for p in pivots), highest)
+        for pivot in pivots:
+            logps = [alternative["logp"] for alternative in pivot["alternatives"]]
+            assert len(logps) == 3
+            assert logps == sorted(logps, reverse=True)
+            assert pivot["token"] == trace.meta["tokens"][pivot["position"]]
+    assert summary["num_pivots"] == sum(len(trace.meta["pivots"]) for trace in traces)
+
+
+def test_the_best_alternative_is_the_token_of_rank_zero(tiny):
+    traces, _ = analyse(inputs(tiny), prompts=["What is 2 + 2?"], sampling={"max_completion_length": 24}, num_samples=3)
+    found = 0
+    for trace in traces:
+        columns = decode_trace(trace.payload)
+        for pivot in trace.meta["pivots"]:
+            best = pivot["alternatives"][0]
+            chosen = columns["token_ids"][pivot["position"]] == best["token_id"]
+            assert chosen == (columns["rank"][pivot["position"]] == 0)
+            assert best["logp"] == pytest.approx(np.log(columns["top_prob"][pivot["position"]]), abs=1e-4)
+            found += 1
+    assert found >= len(traces) == 3
+
+
+def test_sampled_answers_are_the_same_for_the_same_seed(tiny):
+    body = {"prompts": ["What is 2 + 2?"], "num_samples": 2, "sampling": {"max_completion_length": 12, "seed": 5}}
+    first, _ = analyse(inputs(tiny), **body)
+    second, _ = analyse(inputs(tiny), **body)
+    assert [t.payload for t in first] == [t.payload for t in second]
+    assert [(t.meta["group"], t.meta["sample"]) for t in first] == [(0, 0), (0, 1)]
+
+
+def test_progress_of_an_adapter_is_its_distance_to_the_base(tiny, tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny), LoraConfig(target_modules=["q_proj"], r=2))
+    with torch.no_grad():
+        for name, weight in adapted.named_parameters():
+            if "lora_B" in name:
+                weight.normal_(generator=torch.Generator().manual_seed(1))
+    adapted.save_pretrained(tmp_path / "adapter")
+    base, _ = analyse(inputs(tiny), texts=TEXTS)
+    adapter, _ = analyse(inputs(tiny, adapter=str(tmp_path / "adapter")), texts=TEXTS)
+    for plain, trained in zip(base, adapter, strict=True):
+        before, after = decode_trace(plain.payload), decode_trace(trained.payload)
+        assert "progress" not in before
+        assert np.abs(after["progress"]).max() > 0.01
+        np.testing.assert_allclose(after["progress"], after["logp"] - before["logp"], atol=1e-4)
+
+
+def test_special_tokens_are_never_pivots_and_not_counted(tiny):
+    text = {"prompt": "Stop.", "response": "ok<|im_end|>"}
+    traces, summary = analyse(inputs(tiny), texts=[text], detector={"kind": "absolute", "threshold": 0.0})
+    assert [pivot["token"] for pivot in traces[0].meta["pivots"]] == ["o", "k"]
+    assert summary["num_tokens"] == 2
+
+
+def test_a_text_beyond_the_context_is_refused_by_its_place(tiny):
+    texts = [TEXTS[0], {"prompt": "Count.", "response": "x" * 5000}]
+    with pytest.raises(SpecError, match="context holds 4096") as refused:
+        analyse(inputs(tiny), texts=texts)
+    assert refused.value.pointer == "/texts/1/response"
+
+
+def test_a_stop_ends_the_analysis_without_a_result(tiny):
+    sink = Memory()
+    spec = EntropySpec.model_validate({"model": str(tiny), "texts": TEXTS})
+    assert run_entropy(spec, inputs(tiny), sink, SimpleNamespace(requested=True)) == {"stopped": True}
+    assert not sink.of(Trace)
+    assert not sink.of(Result)
