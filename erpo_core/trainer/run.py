@@ -12,7 +12,7 @@ import torch
 
 from erpo_core.data.datasets import load_problems
 from erpo_core.data.formats import Problem, problems_digest
-from erpo_core.errors import DatasetError, RunError
+from erpo_core.errors import DatasetError
 from erpo_core.job import JobInputs, Stop
 from erpo_core.models import load_policy, prepare_model
 from erpo_core.prompts import prompt_ids, prompt_messages, prompt_text
@@ -20,7 +20,7 @@ from erpo_core.records import Event, Progress, Resolved, Result, Sink
 from erpo_core.rewards.functions import reward_functions
 from erpo_core.rewards.verify import Verifier
 from erpo_core.specs.train import ErpoTrainSpec, GrpoTrainSpec
-from erpo_core.trainer.callbacks import RecordCallback, verify_checkpoint
+from erpo_core.trainer.callbacks import RecordCallback
 from erpo_core.trainer.config import ERPOConfig
 from erpo_core.trainer.trainer import SMALL_MODEL, ERPOTrainer
 
@@ -77,14 +77,12 @@ def run_training(spec: GrpoTrainSpec, inputs: JobInputs, sink: Sink, stop: Stop)
     if dropped:
         message = f"{dropped} of {len(problems)} problems are too long and are left out"
         sink.emit(Event("dataset.dropped", message, "warn", {"dropped": dropped, "total": len(problems)}))
-    args = make_config(spec, inputs.work_dir / "trainer", bf16=_wants_bf16(spec))
+    args = make_config(spec, inputs.work_dir / "checkpoints", bf16=_wants_bf16(spec))
     with Verifier() as verifier:
         functions = reward_functions(spec.rewards, verifier)
         accuracy = next((f for f in functions if hasattr(f, "last_verdicts")), None)
         origin = {name: info[name] for name in ("model_digest", "adapter_digest", "tokenizer_digest", "dtype")}
-        records = RecordCallback(
-            sink, stop, accuracy, inputs.work_dir / "checkpoints", origin | {"head_dtype": "float32"}
-        )
+        records = RecordCallback(sink, stop, accuracy, origin | {"head_dtype": "float32"})
         trainer = ERPOTrainer(
             model=model,
             reward_funcs=functions,
@@ -96,7 +94,7 @@ def run_training(spec: GrpoTrainSpec, inputs: JobInputs, sink: Sink, stop: Stop)
         )
         records.attach(trainer)
         sink.emit(Resolved(_resolved(spec, args, info, problems, dataset)))
-        output = trainer.train(resume_from_checkpoint=_resume_from(inputs))
+        output = trainer.train(resume_from_checkpoint=str(inputs.resume_from) if inputs.resume_from else None)
     done = trainer.state.global_step
     summary = {
         "steps": done,
@@ -203,14 +201,6 @@ def _lora(spec: GrpoTrainSpec):
         target_modules=targets if isinstance(targets, str) else list(targets),
         task_type="CAUSAL_LM",
     )
-
-
-def _resume_from(inputs: JobInputs) -> str | None:
-    if inputs.resume_from is None:
-        return None
-    if not verify_checkpoint(inputs.resume_from):
-        raise RunError(f"the checkpoint {inputs.resume_from.name} is damaged", code="checkpoint_damaged")
-    return str(inputs.resume_from)
 
 
 def _resolved(spec: GrpoTrainSpec, args: ERPOConfig, info: dict[str, Any], problems: list[Problem], dataset) -> dict:
