@@ -18,21 +18,13 @@ from erpo_core.specs.common import (
 _REWARDS = (RewardSpec(name="accuracy", weight=1.0), RewardSpec(name="boxed_format", weight=0.2))
 
 
-class GrpoTrainSpec(Spec):
-    """GRPO as ERPO Lab runs it: the same loop, data order, loss and scoring as ERPO, with A_i for every token."""
+class BaseTrainSpec(Spec):
+    """What every algorithm has: a model, problems, an optimizer, checkpoints."""
 
-    algorithm: Literal["grpo"] = "grpo"
     model: ModelRef
     dataset: DatasetRef
     prompt: PromptSpec = PromptSpec()
-
-    num_generations: int = Field(8, ge=2, le=256, description="G, responses per prompt.")
-    generation_batch_size: int = Field(16, ge=2, le=65_536, description="Completions per optimizer step.")
-    max_completion_length: int = Field(1024, ge=1, le=65_536, description="Tokens sampled at most.")
     max_length: int = Field(2048, ge=2, le=131_072, description="Prompt and completion together, tokens.")
-    temperature: float = Field(1.0, gt=0, le=10)
-    top_p: float = Field(1.0, gt=0, le=1)
-    top_k: int = Field(0, ge=0)
 
     learning_rate: float = Field(5e-6, gt=0, le=1)
     warmup_steps: float = Field(0.1, ge=0, description="Below 1: a share of all steps; otherwise steps.")
@@ -41,6 +33,37 @@ class GrpoTrainSpec(Spec):
     max_grad_norm: float = Field(1.0, gt=0)
     num_train_epochs: float = Field(1.0, gt=0, le=1000)
     max_steps: int = Field(-1, ge=-1, description="Optimizer steps; -1 follows `num_train_epochs`.")
+    max_skipped_steps: int = Field(10, ge=0, description="Steps with a gradient that is not finite, at most.")
+
+    lora: LoraSpec | None = Field(LoraSpec(), description="null trains every weight.")
+    bf16: bool | None = Field(None, description="null: float32 on the CPU, bfloat16 on CUDA.")
+    gradient_checkpointing: bool = False
+
+    save_steps: int = Field(50, ge=1)
+    save_total_limit: int = Field(3, ge=1, le=100)
+    seed: int = Field(42, ge=0, le=2**31 - 1)
+    hardware: HardwareSpec = HardwareSpec()
+    job: JobOptions = JobOptions()
+
+
+class SftTrainSpec(BaseTrainSpec):
+    """Supervised fine-tuning on the data set's solutions: the paper's baseline, by TRL's SFTTrainer."""
+
+    algorithm: Literal["sft"] = "sft"
+    train_batch_size: int = Field(16, ge=1, le=65_536, description="Solutions per optimizer step.")
+
+
+class GrpoTrainSpec(BaseTrainSpec):
+    """GRPO as ERPO Lab runs it: the same loop, data order, loss and scoring as ERPO, with A_i for every token."""
+
+    algorithm: Literal["grpo"] = "grpo"
+    num_generations: int = Field(8, ge=2, le=256, description="G, responses per prompt.")
+    generation_batch_size: int = Field(16, ge=2, le=65_536, description="Completions per optimizer step.")
+    max_completion_length: int = Field(1024, ge=1, le=65_536, description="Tokens sampled at most.")
+    temperature: float = Field(1.0, gt=0, le=10)
+    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int = Field(0, ge=0)
+
     num_iterations: int = Field(1, ge=1, le=16, description="Optimizer passes over each generation batch.")
 
     epsilon: float = Field(0.2, gt=0, lt=1, description="Clip range of the ratio.")
@@ -49,21 +72,12 @@ class GrpoTrainSpec(Spec):
     loss_type: Literal["erpo", "dapo", "bnpo", "grpo"] = Field("erpo", description="`erpo` is eq. 5.")
     advantage_clip: float | None = Field(None, gt=0, description="Bound on |advantage|; off by default.")
 
-    lora: LoraSpec | None = Field(LoraSpec(), description="null trains every weight.")
     rewards: tuple[RewardSpec, ...] = Field(_REWARDS, min_length=1, max_length=16)
     outcome_reward: str = Field("accuracy", description="The reward that decides right and wrong.")
-    bf16: bool | None = Field(None, description="null: float32 on the CPU, bfloat16 on CUDA.")
     scoring_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    gradient_checkpointing: bool = False
-    max_skipped_steps: int = Field(10, ge=0)
 
-    save_steps: int = Field(50, ge=1)
-    save_total_limit: int = Field(3, ge=1, le=100)
     trace_every: int = Field(10, ge=0, description="Steps between recorded token traces; 0 records none.")
     trace_groups: int = Field(1, ge=1, le=64, description="Prompt groups recorded each time.")
-    seed: int = Field(42, ge=0, le=2**31 - 1)
-    hardware: HardwareSpec = HardwareSpec()
-    job: JobOptions = JobOptions()
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -108,5 +122,6 @@ def _algorithm(value: object) -> str:
 
 
 TrainSpec = Annotated[
-    Annotated[ErpoTrainSpec, Tag("erpo")] | Annotated[GrpoTrainSpec, Tag("grpo")], Discriminator(_algorithm)
+    Annotated[ErpoTrainSpec, Tag("erpo")] | Annotated[GrpoTrainSpec, Tag("grpo")] | Annotated[SftTrainSpec, Tag("sft")],
+    Discriminator(_algorithm),
 ]
