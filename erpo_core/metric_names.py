@@ -10,6 +10,7 @@ METRICS: dict[str, str] = {
     "grad_norm": "Norm of the gradient before clipping.",
     "learning_rate": "Learning rate of the step.",
     "clip_ratio": "Share of tokens whose ratio was clipped.",
+    "mean_token_accuracy": "Share of the solutions' tokens that the model ranks first (sft).",
     "num_tokens": "Tokens read and sampled since the start, prompts included.",
     "num_active_tokens": "Tokens that carried loss in the last micro-batch.",
     "tokens_per_second": "Sampled tokens per second of the whole step.",

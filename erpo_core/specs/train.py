@@ -59,7 +59,18 @@ class GrpoTrainSpec(BaseTrainSpec):
     algorithm: Literal["grpo"] = "grpo"
     num_generations: int = Field(8, ge=2, le=256, description="G, responses per prompt.")
     generation_batch_size: int = Field(16, ge=2, le=65_536, description="Completions per optimizer step.")
-    max_completion_length: int = Field(1024, ge=1, le=65_536, description="Tokens sampled at most.")
+    max_completion_length: int | None = Field(
+        None,
+        ge=1,
+        le=65_536,
+        description="Tokens sampled at most; null: what `max_length` leaves beside the longest prompt.",
+    )
+    max_prompt_length: int | None = Field(
+        None,
+        ge=1,
+        le=65_536,
+        description="Longer prompts are left out; null: `max_length` less `max_completion_length`, or half of it.",
+    )
     temperature: float = Field(1.0, gt=0, le=10)
     top_p: float = Field(1.0, gt=0, le=1)
     top_k: int = Field(0, ge=0)
@@ -88,9 +99,17 @@ class GrpoTrainSpec(BaseTrainSpec):
             )
         if self.outcome_reward not in {reward.name for reward in self.rewards}:
             raise ValueError(f"outcome_reward: {self.outcome_reward!r} is not among `rewards`; add it or name another")
-        if self.max_completion_length >= self.max_length:
-            raise ValueError("max_completion_length: must be below max_length, which counts the prompt as well")
+        if (self.max_completion_length or 1) + (self.max_prompt_length or 1) > self.max_length:
+            field = "max_prompt_length" if self.max_completion_length is None else "max_completion_length"
+            raise ValueError(f"{field}: must be below max_length, which counts prompt and completion")
         return self
+
+    @property
+    def prompt_room(self) -> int:
+        """Tokens that a prompt may have."""
+        if self.max_prompt_length is not None:
+            return self.max_prompt_length
+        return self.max_length - (self.max_completion_length or self.max_length // 2)
 
     def _nearest_batch(self) -> int:
         return max(1, round(self.generation_batch_size / self.num_generations)) * self.num_generations
@@ -115,6 +134,9 @@ class ErpoTrainSpec(GrpoTrainSpec):
     gate: bool = Field(True, description="false: W = 1 (ablation).")
     anchor: bool = Field(True, description="false: sgn(A) = 1 (ablation).")
     norm: bool = Field(True, description="false: the last normalisation is left out (ablation).")
+
+
+TRAIN_SPECS: dict[str, type[BaseTrainSpec]] = {"erpo": ErpoTrainSpec, "grpo": GrpoTrainSpec, "sft": SftTrainSpec}
 
 
 def _algorithm(value: object) -> str:

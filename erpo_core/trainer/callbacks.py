@@ -51,6 +51,10 @@ class RecordCallback(TrainerCallback):
                 found[name] = sum(finite) / len(finite)
         return found
 
+    def count_tokens(self, batches: list, logs: dict[str, float]) -> int:
+        """Tokens of one step: those that were sampled."""
+        return sum(sum(batch.lengths) for batch in batches)
+
     def on_train_begin(self, args, state, control, **kwargs):
         self._started = self._step_started = time.monotonic()
         self._first_step = state.global_step
@@ -63,7 +67,7 @@ class RecordCallback(TrainerCallback):
         seconds, self._step_started = now - self._step_started, now
         metrics = {name: value for name, value in logs.items() if name not in _IGNORED_METRICS}
         batches, self.trainer.rollout_log = self.trainer.rollout_log, []
-        tokens = sum(sum(batch.lengths) for batch in batches)
+        tokens = self.count_tokens(batches, logs)
         self.tokens += tokens
         metrics |= self._verdicts(batches) | {"time/step": seconds, "tokens_per_second": tokens / seconds}
         metrics["memory/peak_bytes"] = _peak_bytes()
@@ -100,7 +104,7 @@ class RecordCallback(TrainerCallback):
         """Keep the last ``limit`` checkpoints of this attempt and the best one."""
         if limit is None or len(self._published) <= limit:
             return
-        best = max(self._published, key=lambda entry: entry[1])
+        best = max(reversed(self._published), key=lambda entry: entry[1])
         for entry in self._published[:-limit]:
             if entry is not best:
                 self._published.remove(entry)

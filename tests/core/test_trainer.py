@@ -29,6 +29,7 @@ DERIVED = {
     "job",
     "bf16",
     "max_length",
+    "max_prompt_length",
 }
 
 
@@ -126,7 +127,7 @@ def test_each_field_of_the_spec_reaches_the_trainer_under_its_name(tmp_path):
     config = make_config(spec, tmp_path, bf16=False)
     for name in (*PASSED_THROUGH, *ERPO_ONLY):
         assert getattr(config, name) == getattr(spec, name), name
-        if name not in ("save_steps", "save_total_limit", "trace_every", "generation_batch_size"):
+        if name not in ("save_steps", "save_total_limit", "trace_every", "generation_batch_size", "max_completion_length"):
             assert getattr(defaults, name) == getattr(spec, name), name
     assert set(GrpoTrainSpec.model_fields) >= set(PASSED_THROUGH)
 
