@@ -81,12 +81,21 @@ class GrpoTrainSpec(BaseTrainSpec):
     epsilon_high: float | None = Field(None, gt=0, lt=10, description="Upper clip range; `epsilon` if absent.")
     beta: float = Field(0.04, ge=0, le=10, description="Weight of the k3 KL estimator (eq. 4).")
     loss_type: Literal["erpo", "dapo", "bnpo", "grpo"] = Field("erpo", description="`erpo` is eq. 5.")
+    top_entropy_quantile: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="Share of a micro-batch's tokens, those of highest entropy, that carry policy loss.",
+    )
     advantage_clip: float | None = Field(None, gt=0, description="Bound on |advantage|; off by default.")
 
     rewards: tuple[RewardSpec, ...] = Field(_REWARDS, min_length=1, max_length=16)
     outcome_reward: str = Field("accuracy", description="The reward that decides right and wrong.")
     scoring_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
 
+    preflight: bool = Field(
+        True, description="Before step 1, sample a few prompts and fail early where nothing can be learnt."
+    )
     trace_every: int = Field(10, ge=0, description="Steps between recorded token traces; 0 records none.")
     trace_groups: int = Field(1, ge=1, le=64, description="Prompt groups recorded each time.")
 

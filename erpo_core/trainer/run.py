@@ -1,6 +1,5 @@
 """One training job: from a specification to records."""
 
-import math
 import platform
 import time
 from dataclasses import fields
@@ -13,6 +12,7 @@ import torch
 from erpo_core.data.formats import Problem, problems_digest
 from erpo_core.errors import RunError
 from erpo_core.job import JobInputs, Stop
+from erpo_core.memory import SMALL_MODEL, count_parameters
 from erpo_core.models import load_policy, prepare_model
 from erpo_core.records import Progress, Resolved, Result, Sink
 from erpo_core.rewards.functions import reward_functions
@@ -21,7 +21,8 @@ from erpo_core.specs.train import BaseTrainSpec, ErpoTrainSpec, GrpoTrainSpec
 from erpo_core.trainer.callbacks import RecordCallback, verify_checkpoint
 from erpo_core.trainer.config import ERPOConfig
 from erpo_core.trainer.data import load_training_problems, make_dataset, report_dropped, with_completion_length
-from erpo_core.trainer.trainer import SMALL_MODEL, ERPOTrainer
+from erpo_core.trainer.preflight import run_preflight
+from erpo_core.trainer.trainer import ERPOTrainer
 
 PASSED_THROUGH = (
     "advantage_clip",
@@ -47,6 +48,7 @@ PASSED_THROUGH = (
     "scoring_dtype",
     "seed",
     "temperature",
+    "top_entropy_quantile",
     "top_k",
     "top_p",
     "trace_every",
@@ -96,7 +98,10 @@ def run_training(spec: GrpoTrainSpec, inputs: JobInputs, sink: Sink, stop: Stop)
         own = {field.name for field in fields(ERPOConfig)} & (set(PASSED_THROUGH) | set(ERPO_ONLY))
         config = {name: getattr(args, name) for name in sorted(own)}
         sink.emit(Resolved(described(spec, config, info, problems, dataset)))
-        output = trainer.train(resume_from_checkpoint=resume_path(inputs))
+        resume_from = resume_path(inputs)
+        if spec.preflight and resume_from is None:
+            run_preflight(trainer, sink, stop)
+        output = trainer.train(resume_from_checkpoint=resume_from)
     done = trainer.state.global_step
     summary = {
         "steps": done,
@@ -141,21 +146,10 @@ def _load_dtype(spec: GrpoTrainSpec, folder: Path) -> torch.dtype:
     """bfloat16 only where it is wanted, the weights are frozen, and scoring may be rounded (erpo-spec section 4)."""
     scoring = spec.scoring_dtype
     if scoring == "auto":
-        small = not torch.cuda.is_available() or _num_parameters(folder) <= SMALL_MODEL
+        small = not torch.cuda.is_available() or count_parameters(folder) <= SMALL_MODEL
         scoring = "float32" if small else "bfloat16"
     rounded = wants_bf16(spec) and scoring == "bfloat16" and spec.lora is not None
     return torch.bfloat16 if rounded else torch.float32
-
-
-def _num_parameters(folder: Path) -> int:
-    """By the headers of its safetensors files."""
-    from safetensors import safe_open
-
-    count = 0
-    for path in folder.glob("*.safetensors"):
-        with safe_open(path, framework="pt") as file:
-            count += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
-    return count
 
 
 def lora_config(spec: BaseTrainSpec):

@@ -17,8 +17,9 @@ from torch import Tensor
 from trl import GRPOTrainer
 
 from erpo_core.advantages import ERPOSignals, erpo_advantages
-from erpo_core.generation.transformers import TransformersEngine
-from erpo_core.loss import erpo_loss, token_weights
+from erpo_core.generation.transformers import Sample, TransformersEngine
+from erpo_core.loss import erpo_loss, token_weights, top_entropy_mask
+from erpo_core.memory import SMALL_MODEL
 from erpo_core.prompts import stop_token_ids
 from erpo_core.trainer.batches import MicroBatch, Scored, TraceGroup
 from erpo_core.trainer.config import ERPOConfig
@@ -28,9 +29,6 @@ from erpo_core.trainer.reference import make_reference
 from erpo_core.trainer.sampler import EpochSampler
 from erpo_core.trainer.scoring import Rollouts, pad_rollouts, score_rollouts, spread
 from erpo_core.trainer.state import RunState
-
-SMALL_MODEL = 500_000_000
-"""Parameters up to which ``scoring_dtype="auto"`` is float32."""
 
 
 class ERPOTrainer(GRPOTrainer):
@@ -96,21 +94,26 @@ class ERPOTrainer(GRPOTrainer):
         return self._buffered_inputs[self._step % self.args.steps_per_generation]
 
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, has_tool_images=False):
-        model = self.accelerator.unwrap_model(self.model)
         unique = [list(ids) for ids in prompt_ids[::num_generations]]
-        with self._timed("generate"), self._autocast(self.args.bf16):
-            groups = TransformersEngine(model, self.processing_class).generate(
-                unique,
-                n=num_generations,
+        with self._timed("generate"):
+            groups = self.sample(unique, num_generations, seed=self._generation_seed())
+        self._finished = [sample.finished for group in groups for sample in group]
+        return [sample.token_ids for group in groups for sample in group], None
+
+    def sample(self, prompts: list[list[int]], n: int, *, seed: int) -> list[list[Sample]]:
+        """``n`` answers of the policy as it is to each prompt; nothing of the trainer changes."""
+        model = self.accelerator.unwrap_model(self.model)
+        with self._autocast(self.args.bf16):
+            return TransformersEngine(model, self.processing_class).generate(
+                prompts,
+                n=n,
                 temperature=self.temperature,
                 top_p=self.args.top_p,
                 top_k=self.args.top_k or 0,
                 max_new_tokens=self.max_completion_length,
                 stop_ids=stop_token_ids(self.processing_class),
-                seed=self._generation_seed(),
+                seed=seed,
             )
-        self._finished = [sample.finished for group in groups for sample in group]
-        return [sample.token_ids for group in groups for sample in group], None
 
     def _generation_seed(self) -> int:
         """A seed of its own for each generation: a resumed run samples what the run never stopped would have."""
@@ -214,6 +217,8 @@ class ERPOTrainer(GRPOTrainer):
         advantages = signals.advantages
         if self.args.algorithm == "grpo":
             advantages = signals.group_advantages[:, None] * mask
+        # A token without advantage keeps its KL term and its place in the denominators, as in TRL.
+        advantages = advantages * top_entropy_mask(entropies.detach(), mask, self.args.top_entropy_quantile)
         if self.args.advantage_clip is not None:
             advantages = advantages.clamp(-self.args.advantage_clip, self.args.advantage_clip)
         return Scored(logps, ref_logps, entropies, spread(scores.leverage_norms, mask), signals, advantages)

@@ -30,6 +30,7 @@ DERIVED = {
     "bf16",
     "max_length",
     "max_prompt_length",
+    "preflight",
 }
 
 
@@ -127,7 +128,13 @@ def test_each_field_of_the_spec_reaches_the_trainer_under_its_name(tmp_path):
     config = make_config(spec, tmp_path, bf16=False)
     for name in (*PASSED_THROUGH, *ERPO_ONLY):
         assert getattr(config, name) == getattr(spec, name), name
-        if name not in ("save_steps", "save_total_limit", "trace_every", "generation_batch_size", "max_completion_length"):
+        if name not in (
+            "save_steps",
+            "save_total_limit",
+            "trace_every",
+            "generation_batch_size",
+            "max_completion_length",
+        ):
             assert getattr(defaults, name) == getattr(spec, name), name
     assert set(GrpoTrainSpec.model_fields) >= set(PASSED_THROUGH)
 
@@ -139,7 +146,7 @@ def test_each_field_of_the_spec_reaches_the_trainer_under_its_name(tmp_path):
         ("scale_rewards", "batch"),
         ("use_liger_kernel", True),
         ("sync_ref_model", True),
-        ("top_entropy_quantile", 0.2),
+        ("top_entropy_quantile", 0.0),
         ("loss_type", "sapo"),
         ("algorithm", "ppo"),
         ("per_device_train_batch_size", 12),
