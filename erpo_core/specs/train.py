@@ -1,6 +1,6 @@
 """The body of `POST /jobs/train`. Defaults are the paper's (arXiv 2603.28204, section 4.1) or erpo-spec section 8."""
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
@@ -90,7 +90,9 @@ class GrpoTrainSpec(BaseTrainSpec):
     advantage_clip: float | None = Field(None, gt=0, description="Bound on |advantage|; off by default.")
 
     rewards: tuple[RewardSpec, ...] = Field(_REWARDS, min_length=1, max_length=16)
-    outcome_reward: str = Field("accuracy", description="The reward that decides right and wrong.")
+    outcome_reward: str = Field(
+        "accuracy", description="The reward that decides right and wrong; the first one where there is no accuracy."
+    )
     scoring_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
 
     preflight: bool = Field(
@@ -98,6 +100,16 @@ class GrpoTrainSpec(BaseTrainSpec):
     )
     trace_every: int = Field(10, ge=0, description="Steps between recorded token traces; 0 records none.")
     trace_groups: int = Field(1, ge=1, le=64, description="Prompt groups recorded each time.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_the_outcome(cls, body: Any) -> Any:
+        if not isinstance(body, dict) or "outcome_reward" in body or not isinstance(body.get("rewards"), list | tuple):
+            return body
+        names = [reward.get("name") if isinstance(reward, dict) else None for reward in body["rewards"]]
+        if "accuracy" in names or not names or not isinstance(names[0], str):
+            return body
+        return {**body, "outcome_reward": names[0]}
 
     @model_validator(mode="after")
     def _check(self) -> Self:

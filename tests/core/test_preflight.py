@@ -4,11 +4,10 @@ import random
 
 import numpy as np
 import pytest
-import torch
-from test_trainer import DATASET, train
+from test_plugins import register
+from test_trainer import Records, train
 
 from erpo_core.errors import RunError
-from erpo_core.trainer import preflight
 from erpo_core.trainer.preflight import Findings, why_nothing_is_learnt
 from tiny_model import make_tiny_model
 
@@ -33,18 +32,16 @@ def test_where_rewards_differ_the_job_goes_on_and_says_what_it_saw(tiny, tmp_pat
     assert [record.step for record in records.by_kind["metrics"]] == [1]
 
 
-def test_where_no_reward_can_differ_the_job_fails_before_its_first_step(tiny, tmp_path, monkeypatch):
-    kept = {}
-    emit = preflight.Event
-    monkeypatch.setattr(preflight, "Event", lambda *args: kept.setdefault("event", emit(*args)))
+def test_where_no_reward_can_differ_the_job_fails_before_its_first_step(tiny, tmp_path):
+    records = Records()
     with pytest.raises(RunError) as caught:
-        train(tiny, tmp_path, preflight=True, **BOXED_ONLY)
+        train(tiny, tmp_path, records=records, preflight=True, **BOXED_ONLY)
     assert caught.value.code == "preflight_failed"
     assert "no answer is boxed" in caught.value.message
-    assert kept["event"].data["reasons"][:1] == ["no_reward_spread"]
-    assert "nothing_boxed" in kept["event"].data["reasons"]
-    assert (kept["event"].data["prompts"], kept["event"].data["answers"]) == (16, 64)
-    assert not (tmp_path / "trainer").exists() or not any((tmp_path / "trainer").iterdir())
+    found = events(records)["preflight.failed"].data
+    assert {"no_reward_spread", "nothing_boxed"} <= set(found["reasons"])
+    assert (found["prompts"], found["answers"], found["right"]) == (16, 64, 0)
+    assert records.by_kind["metrics"] == []
 
 
 def test_it_can_be_left_out(tiny, tmp_path):
@@ -52,14 +49,26 @@ def test_it_can_be_left_out(tiny, tmp_path):
     assert not any(name.startswith("preflight") for name in events(records))
 
 
-def draws(completion_ids, **_):
-    """A reward that uses the global generators, as a user's may."""
-    return [random.random() + np.random.rand() + torch.rand(()).item() for _ in completion_ids]
+DRAWS = """
+import random, numpy, torch
+
+def draws(completions, **_):
+    return [random.random() + numpy.random.rand() + torch.rand(()).item() for _ in completions]
+"""
 
 
-def test_training_is_the_same_to_the_last_bit_with_and_without(tiny, tmp_path):
-    with_it = train(tiny, tmp_path / "with", preflight=True)
-    without = train(tiny, tmp_path / "without", preflight=False)
+def test_training_is_the_same_to_the_last_bit_with_and_without(tiny, tmp_path, monkeypatch):
+    """Also with a reward that draws from the global generators, as a user's may."""
+    register(tmp_path / "site", monkeypatch, DRAWS, draws="own_rewards:draws")
+    rewards = [{"name": "draws"}, {"name": "regex", "args": {"pattern": "[0-9a-f]"}}]
+    runs = {}
+    for wanted in (True, False):
+        random.seed(5)
+        np.random.seed(5)
+        runs[wanted] = train(
+            tiny, tmp_path / str(wanted), preflight=wanted, rewards=rewards, outcome_reward="regex", lora={"r": 4}
+        )
+    with_it, without = runs[True], runs[False]
     for one, two in zip(with_it.by_kind["metrics"], without.by_kind["metrics"], strict=True):
         differing = [k for k in one.values if one.values[k] != two.values[k] and one.values[k] == one.values[k]]
         assert [k for k in differing if not k.startswith(("time/", "memory/", "tokens_per"))] == []

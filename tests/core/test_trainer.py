@@ -172,7 +172,7 @@ class Records:
         return self._stop_after is not None and len(self.by_kind["metrics"]) + 1 >= self._stop_after
 
 
-def train(tiny, work_dir, *, stop_after=None, resume_from=None, **changes) -> Records:
+def train(tiny, work_dir, *, stop_after=None, resume_from=None, records=None, **changes) -> Records:
     body = {
         "model": str(tiny),
         "dataset": DATASET,
@@ -182,6 +182,7 @@ def train(tiny, work_dir, *, stop_after=None, resume_from=None, **changes) -> Re
         "max_length": 400,
         "max_steps": 4,
         "save_steps": 2,
+        "preflight": False,
         "trace_every": 1,
         "learning_rate": 1e-2,
         "lr_scheduler_type": "constant",
@@ -199,7 +200,7 @@ def train(tiny, work_dir, *, stop_after=None, resume_from=None, **changes) -> Re
         model_roots=(tiny.parent,),
         resume_from=resume_from,
     )
-    records = Records(stop_after)
+    records = records or Records(stop_after)
     torch.manual_seed(0)
     run_training(parse_spec("train", body | changes), inputs, records, records)
     return records
