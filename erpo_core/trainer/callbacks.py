@@ -14,6 +14,7 @@ from transformers import TrainerCallback
 
 from erpo_core.job import Stop
 from erpo_core.records import Checkpoint, Completions, Event, Metrics, Progress, Sink
+from erpo_core.rewards.verify import Verdict
 from erpo_core.trainer.traces import trace_records
 
 _IGNORED_METRICS = {"epoch", "total_flos", "train_loss", "train_runtime", "step_time"}
@@ -132,7 +133,7 @@ class RecordCallback(TrainerCallback):
 
     def _verdicts(self, batches: list) -> dict[str, float]:
         verdicts = Counter(self._accuracy.last_verdicts if self._accuracy and batches else ())
-        return {f"verdict/{name}": count / verdicts.total() for name, count in verdicts.items()}
+        return {f"verdict/{name}": verdicts[name] / verdicts.total() for name in Verdict} if verdicts else {}
 
 
 def publish(source: Path, target: Path, step: int) -> list[dict[str, Any]]:

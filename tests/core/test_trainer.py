@@ -216,6 +216,8 @@ def test_a_run_reports_metrics_completions_traces_and_checkpoints(tiny, tmp_path
     rows = [row for record in records.by_kind["completions"] for row in record.rows]
     assert len(rows) == 32
     assert all(row["verdict"] in ("wrong", "unparsable", "right") for row in rows)
+    verdicts = {f"verdict/{name}" for name in ("right", "wrong", "unparsable", "timeout", "crashed")}
+    assert sum(metrics[0].values[name] for name in verdicts) == pytest.approx(1)
     for checkpoint in records.by_kind["checkpoint"]:
         assert verify_checkpoint(tmp_path / "checkpoints" / f"step-{checkpoint.step}")
     live = [trace for trace in records.by_kind["trace"] if trace.meta["advantage"]]
