@@ -1,8 +1,8 @@
 """Log-probability, entropy and rank of every token from hidden states, with no tokens x vocabulary tensor alive.
 
-The head is applied to a block of tokens at a time. Logits are float32 whatever the model's dtype: rounding them to
-bfloat16 alone moves entropies by up to 0.2 nats. Entropy uses the max-shifted form H = log s - t / s with
-d = z - max z, s = sum e^d, t = sum d e^d, clamped at 0.
+The head is applied to a block of tokens at a time, in buffers that all blocks share. Logits are float32 whatever the
+model's dtype: rounding them to bfloat16 alone moves entropies by up to 0.2 nats. Entropy uses the max-shifted form
+H = log s - t / s with d = z - max z, s = sum e^d, t = sum d e^d, clamped at 0.
 """
 
 # N = tokens, V = vocabulary, H = hidden size, n = tokens of a block
@@ -12,25 +12,41 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-_BLOCK_ELEMENTS = 2**24
-"""Logits of a block: 64 MiB of float32."""
+BLOCK_ELEMENTS = 2**23
+"""Logits of a block: 32 MiB of float32."""
+_LEAST_LOGIT = -1e4
+"""Below the highest. A logit of minus infinity has probability 0 and contributes nothing: 0 * inf would be NaN."""
 
 
 @dataclass(frozen=True)
 class TokenScores:
-    """One value per token, (N,). All float32 but ``ranks`` (int32, 0 = best); ``logps`` alone carries gradient."""
+    """One value per token, (N,) float32; ``logps`` alone carries gradient. None is what was not asked for."""
 
     logps: Tensor
     entropies: Tensor
-    varentropies: Tensor
     top_probs: Tensor
-    ranks: Tensor
     leverage_norms: Tensor
     """||W[y] - p W||: how far a unit of advantage moves the hidden state; 0 where no gradient was asked for."""
+    varentropies: Tensor | None
+    ranks: Tensor | None
+    """int32, 0 = best."""
+    ref_logps: Tensor | None
+    """log pi_ref of the same tokens."""
+    kls: Tensor | None
+    """KL(pi || pi_ref) over the whole vocabulary at each token, exact."""
 
 
 def score_tokens(
-    hidden: Tensor, weight: Tensor, targets: Tensor, *, temperature: float = 1.0, bias: Tensor | None = None
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    temperature: float = 1.0,
+    bias: Tensor | None = None,
+    details: bool = True,
+    ref_hidden: Tensor | None = None,
+    ref_weight: Tensor | None = None,
+    block_elements: int = BLOCK_ELEMENTS,
 ) -> TokenScores:
     """Score ``targets`` under softmax((hidden @ weight.T + bias) / temperature).
 
@@ -43,6 +59,10 @@ def score_tokens(
         targets: (N,) int64.
         temperature: Of the sampling distribution, > 0.
         bias: (V,) or None.
+        details: Also ``varentropies`` and ``ranks``.
+        ref_hidden: (N, H) of the reference model, for ``ref_logps`` and ``kls``.
+        ref_weight: (V, H), the reference's head; ``weight`` where it is the same.
+        block_elements: Logits alive at once, two or three times: more is faster, and more memory.
 
     Raises:
         ValueError: ``temperature`` is not positive, or ``weight`` requires grad while ``hidden`` does.
@@ -52,76 +72,132 @@ def score_tokens(
     needs_grad = torch.is_grad_enabled() and hidden.requires_grad
     if needs_grad and weight.requires_grad:
         raise ValueError("weight: a trainable head is not scored with a cached gradient; freeze it")
-    outputs = _Score.apply(hidden, weight, targets, temperature, bias, needs_grad)
-    return TokenScores(*outputs)
+    head = _Head(weight, bias, temperature)
+    reference = None
+    if ref_hidden is not None:
+        reference = ref_hidden.detach(), head if ref_weight is None else _Head(ref_weight, bias, temperature)
+    return TokenScores(*_Score.apply(hidden, head, targets, details, reference, needs_grad, block_elements))
+
+
+class _Head:
+    """A head in the dtype that its products are computed in."""
+
+    def __init__(self, weight_VH: Tensor, bias_V: Tensor | None, temperature: float) -> None:
+        weight_VH = weight_VH.detach()
+        self.weight_VH = weight_VH if weight_VH.is_cuda else weight_VH.float()
+        self.bias_V = bias_V
+        self.temperature = temperature
+
+    def logits(self, hidden_nH: Tensor, out_nV: Tensor | None = None) -> Tensor:
+        """float32 logits over the temperature, (n, V), into ``out_nV`` where it is given."""
+        hidden_nH = hidden_nH.detach().to(self.weight_VH.dtype)
+        if self.weight_VH.dtype == torch.float32:
+            logits_nV = torch.mm(hidden_nH, self.weight_VH.T, out=out_nV)
+        else:
+            logits_nV = torch.mm(hidden_nH, self.weight_VH.T, out_dtype=torch.float32)
+        if self.bias_V is not None:
+            logits_nV += self.bias_V
+        return logits_nV.div_(self.temperature) if self.temperature != 1 else logits_nV
+
+
+class _Buffers:
+    """float32 space for a block's tokens x vocabulary, one for each name, used by every block again."""
+
+    def __init__(self, rows: int, columns: int, device: torch.device) -> None:
+        self._shape, self._device = (rows, columns), device
+        self._held: dict[str, Tensor] = {}
+
+    def get(self, name: str, rows: int) -> Tensor:
+        if name not in self._held:
+            self._held[name] = torch.empty(self._shape, device=self._device)
+        return self._held[name][:rows]
 
 
 class _Score(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, targets, temperature, bias, needs_grad):
-        columns = [[] for _ in fields(TokenScores)]
-        directions = []
-        for part in _blocks(hidden.shape[0], weight.shape[0]):
-            values, direction = _score_block(hidden[part], weight, targets[part], temperature, bias, needs_grad)
-            for column, value in zip(columns, values, strict=True):
-                column.append(value)
-            directions.append(direction)
+    def forward(ctx, hidden, head, targets, details, reference, needs_grad, block_elements):
+        count, vocabulary = hidden.shape[0], head.weight_VH.shape[0]
+        blocks = _blocks(count, vocabulary, block_elements)
+        buffers = _Buffers(blocks[0].stop if blocks else 0, vocabulary, hidden.device)
+        outputs = _empty_outputs(count, hidden.device, details, reference is not None)
+        directions = hidden.new_empty(hidden.shape, dtype=torch.float32) if needs_grad else None
+        for part in blocks:
+            ref = None if reference is None else (reference[0][part], reference[1])
+            _score_block(
+                hidden[part],
+                head,
+                targets[part],
+                ref,
+                {name: values[part] for name, values in outputs.items()},
+                None if directions is None else directions[part],
+                buffers,
+            )
         if needs_grad:
-            ctx.save_for_backward(torch.cat(directions) if directions else hidden.new_zeros(hidden.shape))
+            ctx.save_for_backward(directions)
         ctx.hidden_dtype = hidden.dtype
-        empty = hidden.new_zeros(0, dtype=torch.float32)
-        outputs = [torch.cat(column) if column else empty for column in columns]
-        ctx.mark_non_differentiable(*outputs[1:])
-        return tuple(outputs)
+        ordered = tuple(outputs.get(field.name) for field in fields(TokenScores))
+        ctx.mark_non_differentiable(*(values for values in ordered[1:] if values is not None))
+        return ordered
 
     @staticmethod
     def backward(ctx, grad_logps, *_):
-        (direction,) = ctx.saved_tensors
-        return (grad_logps[:, None] * direction).to(ctx.hidden_dtype), None, None, None, None, None
+        (directions,) = ctx.saved_tensors
+        return (grad_logps[:, None] * directions).to(ctx.hidden_dtype), *(None,) * 6
 
 
-def _blocks(num_tokens: int, vocabulary: int) -> list[slice]:
-    size = max(1, _BLOCK_ELEMENTS // vocabulary)
-    return [slice(start, start + size) for start in range(0, num_tokens, size)]
+def _empty_outputs(count: int, device: torch.device, details: bool, reference: bool) -> dict[str, Tensor]:
+    names = ["logps", "entropies", "top_probs", "leverage_norms"]
+    names += ["varentropies", "ranks"] if details else []
+    names += ["ref_logps", "kls"] if reference else []
+    types = {"ranks": torch.int32}
+    return {name: torch.zeros(count, dtype=types.get(name, torch.float32), device=device) for name in names}
 
 
-def _score_block(hidden_nH, weight_VH, targets_n, temperature, bias, needs_grad):
-    logits_nV = _logits(hidden_nH, weight_VH, temperature, bias)
-    chosen_n = logits_nV.gather(1, targets_n[:, None]).squeeze(1)
-    ranks_n = (logits_nV > chosen_n[:, None]).sum(1, dtype=torch.int32)
-    peak_n1 = logits_nV.amax(1, keepdim=True)
-    shifted_nV = logits_nV.sub_(peak_n1)
-    exp_nV = shifted_nV.exp()
+def _blocks(num_tokens: int, vocabulary: int, block_elements: int) -> list[slice]:
+    size = max(1, min(num_tokens, block_elements // vocabulary))
+    return [slice(start, min(start + size, num_tokens)) for start in range(0, num_tokens, size)]
+
+
+def _score_block(hidden_nH, head: _Head, targets_n, reference, out: dict[str, Tensor], direction_nH, buffers) -> None:
+    rows = hidden_nH.shape[0]
+    shifted_nV, chosen_n = _shifted(head, hidden_nH, targets_n, buffers.get("policy", rows), out.get("ranks"))
+    exp_nV = torch.exp(shifted_nV, out=buffers.get("exp", rows))
     total_n = exp_nV.sum(1)
-    # A logit of minus infinity has probability 0 and contributes nothing: 0 * inf would be NaN.
-    first_n = torch.linalg.vecdot(exp_nV, shifted_nV.clamp_(min=-1e4)) / total_n
-    second_n = torch.linalg.vecdot(exp_nV, shifted_nV.square_()) / total_n
     log_total_n = total_n.log()
-    logps_n = chosen_n - peak_n1.squeeze(1) - log_total_n
-    values = (
-        logps_n,
-        (log_total_n - first_n).clamp_(min=0),
-        (second_n - first_n.square()).clamp_(min=0),
-        total_n.reciprocal(),
-        ranks_n,
-    )
-    if not needs_grad:
-        return (*values, torch.zeros_like(logps_n)), None
-    mean_nH = torch.mm(exp_nV.div_(total_n[:, None]).to(weight_VH.dtype), weight_VH).float()
-    direction_nH = (weight_VH[targets_n].float() - mean_nH) / temperature
-    return (*values, direction_nH.norm(dim=1)), direction_nH
+    first_n = _row_dots(exp_nV, shifted_nV) / total_n
+    torch.sub(chosen_n, log_total_n, out=out["logps"])
+    torch.sub(log_total_n, first_n, out=out["entropies"]).clamp_(min=0)
+    torch.reciprocal(total_n, out=out["top_probs"])
+    if reference is not None:
+        ref_hidden_nH, ref_head = reference
+        ref_nV, ref_chosen_n = _shifted(ref_head, ref_hidden_nH, targets_n, buffers.get("reference", rows), None)
+        # sum p (log p - log q): the log-normalisers once, the shifted logits under p.
+        expected_ref_n = _row_dots(exp_nV, ref_nV) / total_n
+        ref_log_total_n = ref_nV.exp_().sum(1).log_()
+        torch.sub(ref_chosen_n, ref_log_total_n, out=out["ref_logps"])
+        out["kls"].copy_(first_n - log_total_n - expected_ref_n + ref_log_total_n).clamp_(min=0)
+    if direction_nH is not None:
+        mean_nH = torch.mm(exp_nV.to(head.weight_VH.dtype), head.weight_VH).float().div_(total_n[:, None])
+        torch.sub(head.weight_VH[targets_n].float(), mean_nH, out=direction_nH).div_(head.temperature)
+        torch.linalg.vector_norm(direction_nH, dim=1, out=out["leverage_norms"])
+    if "varentropies" in out:
+        second_n = _row_dots(exp_nV, shifted_nV.square_()) / total_n
+        torch.sub(second_n, first_n.square(), out=out["varentropies"]).clamp_(min=0)
 
 
-def _logits(hidden_nH: Tensor, weight_VH: Tensor, temperature: float, bias: Tensor | None) -> Tensor:
-    if hidden_nH.dtype == torch.float32 and weight_VH.dtype == torch.float32:
-        logits_nV = torch.mm(hidden_nH, weight_VH.T)
-    elif hidden_nH.is_cuda:
-        logits_nV = torch.mm(hidden_nH.to(weight_VH.dtype), weight_VH.T, out_dtype=torch.float32)
-    else:
-        logits_nV = torch.mm(hidden_nH.float(), weight_VH.float().T)
-    if bias is not None:
-        logits_nV += bias
-    return logits_nV.div_(temperature) if temperature != 1 else logits_nV
+def _shifted(head: _Head, hidden_nH, targets_n, buffer_nV, ranks_n) -> tuple[Tensor, Tensor]:
+    """z - max z (n, V) in place, and that of the targets (n,); ranks where they are wanted."""
+    logits_nV = head.logits(hidden_nH, buffer_nV)
+    chosen_n1 = logits_nV.gather(1, targets_n[:, None])
+    if ranks_n is not None:
+        ranks_n.copy_((logits_nV > chosen_n1).sum(1))
+    peak_n1 = logits_nV.amax(1, keepdim=True)
+    return logits_nV.sub_(peak_n1).clamp_(min=_LEAST_LOGIT), (chosen_n1 - peak_n1).squeeze(1)
+
+
+def _row_dots(left_nV: Tensor, right_nV: Tensor) -> Tensor:
+    """(n,) dot products of the rows, without a product of size n x V in between."""
+    return torch.bmm(left_nV[:, None], right_nV[:, :, None]).view(-1)
 
 
 @torch.no_grad()
@@ -129,12 +205,12 @@ def top_alternatives(
     hidden: Tensor, weight: Tensor, k: int, *, temperature: float = 1.0, bias: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """The k most likely tokens of each position: ids (N, k) int64 and log-probabilities (N, k) float32."""
-    ids, logps = [], []
-    for part in _blocks(hidden.shape[0], weight.shape[0]):
-        logits_nV = _logits(hidden[part], weight, temperature, bias)
+    head = _Head(weight, bias, temperature)
+    ids = [hidden.new_zeros((0, k), dtype=torch.int64)]
+    logps = [hidden.new_zeros((0, k), dtype=torch.float32)]
+    for part in _blocks(hidden.shape[0], weight.shape[0], BLOCK_ELEMENTS):
+        logits_nV = head.logits(hidden[part])
         best = logits_nV.topk(k, dim=1)
         ids.append(best.indices)
         logps.append(best.values - logits_nV.logsumexp(1, keepdim=True))
-    if not ids:
-        return hidden.new_zeros((0, k), dtype=torch.int64), hidden.new_zeros((0, k), dtype=torch.float32)
     return torch.cat(ids), torch.cat(logps)

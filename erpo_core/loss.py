@@ -1,6 +1,6 @@
 """The loss of eqs. 4 and 5 on given token advantages."""
 
-# B = responses, T = tokens, G = responses a group
+# R = ranks, L = responses of a rank, B = responses, T = tokens, G = responses a group
 
 from dataclasses import dataclass
 
@@ -10,37 +10,58 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class LossTerms:
-    """``loss`` carries gradient; ``kl`` (k3, B x T) and ``clipped`` (bool, B x T) are for the records."""
+    """``loss`` carries gradient; the others, (B, T), are for the records."""
 
     loss: Tensor
     kl: Tensor
-    clipped: Tensor
+    """The k3 estimate."""
+    clipped_low: Tensor
+    """bool: the ratio is below 1 - epsilon and the advantage negative, so there is no gradient."""
+    clipped_high: Tensor
 
 
-def token_weights(
-    mask: Tensor, *, loss_type: str, num_generations: int, groups_in_step: int, tokens_in_step: int
+def response_weights(
+    lengths: Tensor, rank: int, *, loss_type: str, num_generations: int, micro_batch: int, accumulation: int
 ) -> Tensor:
-    """(B, T) float32 weights of a micro-batch's tokens; over the whole optimizer step they sum to about 1.
+    """(L,) float32: the weight of each token of this rank's responses; an optimizer step's tokens sum to 1.
 
-    ``erpo``: 1 / (groups in the step x active tokens of the group), eq. 5. ``dapo``: 1 / tokens in the step. ``bnpo``:
-    1 / tokens of the micro-batch, weighted by its share of the groups. ``grpo``: 1 / (responses in the step x tokens
-    of the response).
+    ``erpo``: 1 / (groups in the step x tokens of the group), eq. 5. ``dapo``: 1 / tokens in the step. ``grpo``:
+    1 / (responses in the step x tokens of the response). ``bnpo``: 1 / tokens of the micro-batch, weighted by its share
+    of the responses. Steps, groups and tokens are those of all ranks, however they are laid out.
+
+    Args:
+        lengths: (R, L) active tokens of each response of a generation batch; groups follow one another rank by rank.
+        rank: This one.
+        loss_type: See above.
+        num_generations: G, divides R x L.
+        micro_batch: Responses of a rank's micro-batch.
+        accumulation: Micro-batches of an optimizer step.
 
     Raises:
         ValueError: ``loss_type`` is unknown.
     """
-    active_BT = mask.float()
-    share = active_BT.shape[0] / num_generations / groups_in_step
+    lengths_RL = lengths.float()
+    place_L = torch.arange(lengths_RL.shape[1], device=lengths.device)
+    step_L, part_L = place_L // (micro_batch * accumulation), place_L // micro_batch
+    in_step_L = (step_L[:, None] == step_L).sum(1) * lengths_RL.shape[0]
+    own_L = lengths_RL[rank]
     if loss_type == "erpo":
-        tokens_N = active_BT.sum(1).view(-1, num_generations).sum(1).clamp(min=1)
-        return active_BT / (groups_in_step * tokens_N.repeat_interleave(num_generations))[:, None]
+        tokens_RL = lengths_RL.view(-1, num_generations).sum(1).repeat_interleave(num_generations).view_as(lengths_RL)
+        return 1 / (in_step_L / num_generations * tokens_RL[rank].clamp(min=1))
     if loss_type == "dapo":
-        return active_BT / max(tokens_in_step, 1)
-    if loss_type == "bnpo":
-        return active_BT * share / active_BT.sum().clamp(min=1)
+        tokens_L = _sums_by(step_L, lengths_RL.sum(0))
+        return 1 / tokens_L.clamp(min=1)
     if loss_type == "grpo":
-        return active_BT / (groups_in_step * num_generations * active_BT.sum(1, keepdim=True).clamp(min=1))
+        return 1 / (in_step_L * own_L.clamp(min=1))
+    if loss_type == "bnpo":
+        share_L = (part_L[:, None] == part_L).sum(1) / in_step_L
+        return share_L / _sums_by(part_L, own_L).clamp(min=1)
     raise ValueError(f"loss_type: {loss_type!r} is none of erpo, dapo, bnpo, grpo")
+
+
+def _sums_by(keys: Tensor, values: Tensor) -> Tensor:
+    """For each place the sum of the values that have its key."""
+    return torch.zeros_like(values).index_add(0, keys, values)[keys]
 
 
 def top_entropy_mask(entropies: Tensor, mask: Tensor, share: float) -> Tensor:
@@ -72,7 +93,7 @@ def erpo_loss(
         old_logps: (B, T), of the policy that sampled; equal to ``logps`` in value where the step is on-policy.
         ref_logps: (B, T) or None where ``beta`` is 0.
         advantages: (B, T), constants.
-        weights: (B, T) of :func:`token_weights`; 0 where a token does not count.
+        weights: (B, T), see :func:`response_weights`; 0 where a token does not count.
     """
     active_BT = weights > 0
     ratio_BT = torch.where(active_BT, logps - old_logps, 0.0).exp()
@@ -84,5 +105,9 @@ def erpo_loss(
         gap_BT = torch.where(active_BT, ref_logps - logps, 0.0).clamp(-20, 20)
         kl_BT = gap_BT.exp() - gap_BT - 1
     loss = ((beta * kl_BT - surrogate_BT) * weights).sum()
-    clipped_BT = ((ratio_BT < 1 - epsilon) & (advantages < 0)) | ((ratio_BT > 1 + epsilon_high) & (advantages > 0))
-    return LossTerms(loss, kl_BT.detach(), clipped_BT & active_BT)
+    return LossTerms(
+        loss,
+        kl_BT.detach(),
+        active_BT & (ratio_BT < 1 - epsilon) & (advantages < 0),
+        active_BT & (ratio_BT > 1 + epsilon_high) & (advantages > 0),
+    )

@@ -31,7 +31,7 @@ def pad_prompts(prompts: Sequence[Sequence[int]], pad_id: int, device: torch.dev
     """Raises ValueError for an empty prompt."""
     if not all(prompts):
         raise ValueError("prompts: each must hold a token")
-    shared = _shared_prefix(prompts)
+    shared = shared_prefix(prompts)
     width = max(map(len, prompts))
     ids = torch.full((len(prompts), width), pad_id, dtype=torch.long)
     mask = torch.zeros_like(ids)
@@ -74,7 +74,7 @@ def prefill(model: Any, prompts: PaddedPrompts, *, cache: Any = None, **options:
     )
 
 
-def _shared_prefix(prompts: Sequence[Sequence[int]]) -> int:
+def shared_prefix(prompts: Sequence[Sequence[int]]) -> int:
     """Common leading tokens, of which every prompt keeps at least its last token to itself."""
     if len(prompts) == 1:
         return 0

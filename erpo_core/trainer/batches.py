@@ -17,18 +17,21 @@ class Scored:
     ref_logps: Tensor
     entropies: Tensor
     leverage_norms: Tensor
+    kls: Tensor
     signals: ERPOSignals
     advantages: Tensor
 
 
 @dataclass
 class MicroBatch:
-    """Whole groups of one micro-batch. ``old`` is set where the advantages were formed before the loss.
+    """Responses of one micro-batch. ``old`` is set where the advantages were formed before the loss.
 
     ``rollouts.mask`` leaves out the answers that no reward function judged; ``lengths`` counts their tokens as well.
     """
 
     rollouts: Rollouts
+    weights: Tensor
+    """(B,) float32: each token's share of the loss of the optimizer step, all ranks together."""
     rewards: Tensor
     outcomes: Tensor
     finished: Tensor
@@ -36,8 +39,8 @@ class MicroBatch:
     examples: list[dict[str, Any]]
     completions: list[str]
     reward_rows: dict[str, Tensor]
-    groups_in_step: int
-    tokens_in_step: int
+    first_row: int
+    """Of its first response among those of the generation."""
     old: Scored | None = None
     last_scored: Scored | None = None
     verdicts: list[str] | None = None
@@ -45,9 +48,10 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class TraceGroup:
-    """What is kept of the groups of one micro-batch."""
+    """What is kept of the groups of one micro-batch: the first ``groups`` of them."""
 
     batch: MicroBatch
     scored: Scored
     noise_floor: float
     step: int
+    groups: int

@@ -1,17 +1,14 @@
 """From the trainer's callbacks to records: metrics, completions, traces, checkpoints, and the wish to stop."""
 
-import json
-import os
-import shutil
 import time
 from collections import Counter, deque
-from hashlib import file_digest
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import TrainerCallback
 
+from erpo_core.checkpoints import checkpoint_folder, manifest_files
 from erpo_core.job import Stop
 from erpo_core.records import Checkpoint, Completions, Event, Metrics, Progress, Sink
 from erpo_core.rewards.verify import Verdict
@@ -24,15 +21,13 @@ _SUMMARY_STEPS = 10
 class RecordCallback(TrainerCallback):
     """Reports each step to a sink. :meth:`attach` it to its trainer before training."""
 
-    def __init__(self, sink: Sink, stop: Stop, accuracy, checkpoints: Path, origin: dict[str, Any]) -> None:
+    def __init__(self, sink: Sink, stop: Stop, accuracy, origin: dict[str, Any]) -> None:
         self.trainer = None
         self.last: dict[str, float] = {}
         self.tokens = 0
         self._recent: deque[dict[str, float]] = deque(maxlen=_SUMMARY_STEPS)
-        self._published: list[tuple[Path, float]] = []
         self._skipped = 0
         self._sink, self._stop, self._accuracy, self._origin = sink, stop, accuracy, origin
-        self._checkpoints = checkpoints
         self._started = time.monotonic()
         self._step_started = self._started
         self._first_step = 0
@@ -90,29 +85,13 @@ class RecordCallback(TrainerCallback):
             control.should_training_stop = True
 
     def on_save(self, args, state, control, **kwargs):
-        source = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        target = self._checkpoints / f"step-{state.global_step}"
-        if target.exists():
-            return
-        files = publish(source, target, state.global_step)
+        folder = checkpoint_folder(Path(args.output_dir), state.global_step)
         data = {name: self.last.get(name) for name in ("reward", "entropy", "kl")}
-        self._sink.emit(Checkpoint(state.global_step, str(target), files, data))
-        reward = self.last.get("reward")
-        self._published.append((target, reward if reward is not None and reward == reward else float("-inf")))
-        self._rotate(args.save_total_limit)
-
-    def _rotate(self, limit: int | None) -> None:
-        """Keep the last ``limit`` checkpoints of this attempt and the best one."""
-        if limit is None or len(self._published) <= limit:
-            return
-        best = max(reversed(self._published), key=lambda entry: entry[1])
-        for entry in self._published[:-limit]:
-            if entry is not best:
-                self._published.remove(entry)
-                shutil.rmtree(entry[0], ignore_errors=True)
-                step = int(entry[0].name.removeprefix("step-"))
-                message = f"the checkpoint of step {step} makes room for later ones"
-                self._sink.emit(Event("checkpoint.removed", message, data={"step": step}))
+        self._sink.emit(Checkpoint(state.global_step, str(folder), manifest_files(folder), data))
+        removed, self.trainer.removed_checkpoints = self.trainer.removed_checkpoints, []
+        for step in removed:
+            message = f"the checkpoint of step {step} makes room for later ones"
+            self._sink.emit(Event("checkpoint.removed", message, data={"step": step}))
 
     def _report_skipped(self, state) -> None:
         skipped = self.trainer.run_state.skipped_steps
@@ -136,60 +115,19 @@ class RecordCallback(TrainerCallback):
         return {f"verdict/{name}": verdicts[name] / verdicts.total() for name in Verdict} if verdicts else {}
 
 
-def publish(source: Path, target: Path, step: int) -> list[dict[str, Any]]:
-    """Make a checkpoint whole before it has its name: files synced, a manifest with their sha256, then the rename.
-
-    Returns:
-        One ``{name, sha256, size}`` per file.
-    """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_suffix(".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    shutil.move(source, partial)
-    files = []
-    for path in sorted(p for p in partial.rglob("*") if p.is_file()):
-        with path.open("rb") as file:
-            digest = file_digest(file, "sha256").hexdigest()
-            os.fsync(file.fileno())
-        files.append({"name": str(path.relative_to(partial)), "sha256": digest, "size": path.stat().st_size})
-    manifest = partial / "manifest.json"
-    with manifest.open("w") as file:
-        json.dump({"step": step, "files": files}, file)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.rename(target)
-    folder = os.open(target.parent, os.O_RDONLY)
-    os.fsync(folder)
-    os.close(folder)
-    return files
-
-
-def verify_checkpoint(folder: Path) -> bool:
-    """Whether every file of the manifest is there as it was written."""
-    try:
-        manifest = json.loads((folder / "manifest.json").read_text())
-        for entry in manifest["files"]:
-            with (folder / entry["name"]).open("rb") as file:
-                if file_digest(file, "sha256").hexdigest() != entry["sha256"]:
-                    return False
-    except (OSError, ValueError, KeyError):
-        return False
-    return True
-
-
 def _completion_rows(batches: list, group_size: int) -> list[dict[str, Any]]:
-    rows, first_group = [], 0
+    rows = []
     for batch in batches:
         scored = batch.last_scored
         advantages = scored.signals.group_advantages.tolist() if scored else [None] * len(batch.examples)
         for index, example in enumerate(batch.examples):
-            group = first_group + index // group_size
+            group, sample = divmod(batch.first_row + index, group_size)
             rewards = {name: float(values[index]) for name, values in batch.reward_rows.items()}
             rows.append(
                 {
                     "prompt_id": str(example.get("prompt_id", f"group-{group}")),
                     "group": group,
-                    "sample": index % group_size,
+                    "sample": sample,
                     "prompt": example.get("problem") or str(example["prompt"]),
                     "completion": batch.completions[index],
                     "gold": example.get("answer"),
@@ -202,7 +140,6 @@ def _completion_rows(batches: list, group_size: int) -> list[dict[str, Any]]:
                     "num_tokens": batch.lengths[index],
                 }
             )
-        first_group += len(batch.examples) // group_size
     return rows
 
 

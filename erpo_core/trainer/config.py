@@ -68,11 +68,6 @@ class ERPOConfig(GRPOConfig):
             self.bf16 = torch.cuda.is_available() and not self.fp16
         super().__post_init__()
         self.loss_type = wanted
-        if self.per_device_train_batch_size % self.num_generations:
-            raise ValueError(
-                f"per_device_train_batch_size: {self.per_device_train_batch_size} must be a multiple of "
-                f"num_generations ({self.num_generations}), so that whole groups share a micro-batch"
-            )
 
     def _refuse(self) -> None:
         for name, wanted, why in (

@@ -1,4 +1,4 @@
-"""What is recorded of each micro-batch: ERPO's diagnostics, and the invariants of eq. 16 as the optimiser got them."""
+"""What is recorded of a step: ERPO's diagnostics, and the invariants of eq. 16 as the optimiser got them."""
 
 from typing import TYPE_CHECKING
 
@@ -6,123 +6,131 @@ import torch
 from torch import Tensor
 
 from erpo_core.loss import LossTerms
+from erpo_core.trainer.totals import Totals
 
 if TYPE_CHECKING:
     from erpo_core.trainer.batches import MicroBatch, Scored
 
+OF_REFERENCE = ("kl", "kl/exact", "erpo/progress_std", "erpo/progress_snr", "erpo/psi_std", "erpo/frac_silent_buckets")
+"""What means nothing where no reference was scored."""
+_MOMENTS = ("erpo/progress_std", "erpo/psi_std")
+"""Counted as moments under the name of what they give."""
+
 
 @torch.no_grad()
-def signal_metrics(
-    batch: "MicroBatch", scored: "Scored", terms: LossTerms, group_size: int, noise_floor: float
-) -> dict[str, float]:
-    """{metric name: value}; NaN where there is nothing to measure."""
-    mask = batch.rollouts.mask
-    entropies, signals = scored.entropies[mask], scored.signals
-    kl = terms.kl[mask]
-    found = {
-        "entropy": _mean(entropies),
-        "entropy/p95": _quantile(entropies, 0.95),
-        "kl": _mean(kl),
-        "clip_ratio": _mean(terms.clipped[mask].float()),
-        "erpo/max_abs_advantage": scored.advantages.abs().max().item(),
-        **_lengths(batch, mask),
-        **_groups(batch, signals, mask, group_size),
-        **_progress(signals, mask, noise_floor, group_size),
-        **_gates(signals.gates[mask], entropies),
-        **_flips(signals, scored.advantages, mask),
-        **_invariants(scored.advantages, signals, mask, group_size),
-    }
-    top = entropies >= torch.quantile(entropies, 0.8) if len(entropies) else entropies.bool()
-    credit = scored.advantages[mask].abs()
-    found["erpo/credit_on_top20_entropy"] = (
-        (credit[top].sum() / credit.sum()).item() if credit.sum() > 0 else float("nan")
-    )
-    return found
+def count_batch(totals: Totals, batch: "MicroBatch", scored: "Scored", terms: LossTerms) -> None:
+    """Count what the loss of a micro-batch saw."""
+    mask, signals = batch.rollouts.mask, scored.signals
+    totals.add_values("entropy", scored.entropies[mask])
+    totals.add_values("kl", terms.kl[mask])
+    totals.add_values("kl/exact", scored.kls[mask])
+    totals.add_values("clip_ratio/low_mean", terms.clipped_low[mask])
+    totals.add_values("clip_ratio/high_mean", terms.clipped_high[mask])
+    totals.add_values("clip_ratio/region_mean", (terms.clipped_low | terms.clipped_high)[mask])
+    totals.add("num_active_tokens", mask.sum().item(), 1)
+    totals.add_tokens(scored.entropies[mask], scored.advantages[mask].abs(), signals.gates[mask])
+    _count_progress(totals, signals, mask)
+    _count_flips(totals, signals, scored.advantages, mask)
+    _count_lengths(totals, batch, mask)
 
 
-def _mean(values: Tensor) -> float:
-    return values.mean().item() if len(values) else float("nan")
-
-
-def _quantile(values: Tensor, q: float) -> float:
-    return torch.quantile(values, q).item() if len(values) else float("nan")
-
-
-def _lengths(batch: "MicroBatch", mask: Tensor) -> dict[str, float]:
-    lengths, right = mask.sum(1).float(), batch.outcomes > 0
-    ratio = float("nan")
-    if right.any() and (~right).any():
-        ratio = (lengths[right].mean() / lengths[~right].mean()).item()
-    return {"completions/right_wrong_length_ratio": ratio}
-
-
-def _groups(batch: "MicroBatch", signals, mask: Tensor, group_size: int) -> dict[str, float]:
+@torch.no_grad()
+def count_groups(totals: Totals, rewards: Tensor, outcomes: Tensor, signals, mask: Tensor, group_size: int) -> None:
+    """Count what holds of whole groups, B = N x G rows."""
     live = signals.group_advantages.view(-1, group_size).abs().sum(1) > 0
-    heard = scored_groups(signals.advantages, group_size)
-    outcomes = batch.outcomes.view(-1, group_size)
-    right, wrong = (outcomes > 0).all(1), (outcomes <= 0).all(1)
-    return {
-        "erpo/frac_dead_groups": _mean((~live).float()),
-        "erpo/frac_no_contrast": _mean((live & ~heard).float()),
-        "erpo/frac_all_right": _mean(right.float()),
-        "erpo/frac_all_wrong": _mean(wrong.float()),
-        "erpo/frac_live_by_shaping": _mean((live & (right | wrong)).float()),
-    }
+    heard = live_groups(signals.advantages, group_size)
+    by_group = outcomes.view(-1, group_size)
+    right, wrong = (by_group > 0).all(1), (by_group <= 0).all(1)
+    totals.add_values("reward", rewards[~rewards.isnan()])
+    spread = rewards.view(-1, group_size).std(1)
+    totals.add_values("reward_std", spread[~spread.isnan()])
+    totals.add_values("erpo/frac_dead_groups", ~live)
+    totals.add_values("erpo/frac_no_contrast", live & ~heard)
+    totals.add_values("erpo/frac_all_right", right)
+    totals.add_values("erpo/frac_all_wrong", wrong)
+    totals.add_values("erpo/frac_live_by_shaping", live & (right | wrong))
+    _count_silence(totals, signals, mask, group_size)
 
 
-def scored_groups(advantages: Tensor, group_size: int) -> Tensor:
+@torch.no_grad()
+def count_invariants(
+    totals: Totals, name: str, advantages: Tensor, heard: Tensor, mask: Tensor, group_size: int
+) -> None:
+    """Eq. 16 on the groups that are heard: |sum A^| per token, and how far the variance is from 1."""
+    tokens = mask.view(-1, group_size * mask.shape[1])
+    grouped = advantages.reshape(tokens.shape).double()
+    count = tokens.sum(1).clamp(min=1)
+    mean = grouped.sum(1) / count
+    variance = grouped.square().sum(1) / count - mean.square()
+    for suffix, residual in (("sum", mean.abs()), ("var", (variance - 1).abs())):
+        totals.peak(f"erpo/advantage_{suffix}_residual{name}", residual[heard].max().item() if heard.any() else 0.0)
+
+
+def step_metrics(totals: Totals, noise_floor: float) -> dict[str, float]:
+    """{metric name: value}; NaN where there was nothing to measure."""
+    found = totals.means()
+    for name in _MOMENTS:
+        found[name] = totals.std(name)
+    found["erpo/progress_snr"] = 2 * found["erpo/progress_std"] / noise_floor
+    lengths = [totals.mean(f"length/{side}") for side in ("right", "wrong")]
+    found["completions/right_wrong_length_ratio"] = lengths[0] / lengths[1] if lengths[1] else float("nan")
+    found.pop("length/right", None)
+    found.pop("length/wrong", None)
+    return found | _of_tokens(*totals.tokens().unbind(1))
+
+
+def live_groups(advantages: Tensor, group_size: int) -> Tensor:
     """(N,) bool: groups with any advantage."""
     return advantages.abs().sum(1).view(-1, group_size).sum(1) > 0
 
 
-def _progress(signals, mask: Tensor, noise_floor: float, group_size: int) -> dict[str, float]:
-    progress = signals.progress[mask]
-    std = progress.std(correction=0).item() if len(progress) else float("nan")
-    normalized = signals.normalized_progress
-    buckets = signals.buckets + 1
+def _of_tokens(entropies: Tensor, credit: Tensor, gates: Tensor) -> dict[str, float]:
+    names = ("entropy/p05", "entropy/p50", "entropy/p95")
+    if not len(entropies):
+        return dict.fromkeys(names, float("nan"))
+    order = entropies.argsort(stable=True)
+    count = len(order)
+    few, fifth = max(1, round(0.05 * count)), max(1, round(0.2 * count))
+    ranked = entropies[order]
+    total = credit.sum().item()
+    return {
+        **{
+            name: ranked[min(count - 1, int(q * count))].item()
+            for name, q in zip(names, (0.05, 0.5, 0.95), strict=True)
+        },
+        "erpo/credit_on_top20_entropy": credit[order[-fifth:]].sum().item() / total if total else float("nan"),
+        "erpo/max_abs_advantage": credit.max().item(),
+        "erpo/gate_mean_top5": gates[order[-few:]].mean().item(),
+        "erpo/gate_mean_bottom5": gates[order[:few]].mean().item(),
+    }
+
+
+def _count_progress(totals: Totals, signals, mask: Tensor) -> None:
+    totals.add_moments("erpo/progress_std", signals.progress[mask])
+    totals.add_moments("erpo/psi_std", signals.psi[mask & (signals.group_advantages != 0)[:, None]])
+
+
+def _count_silence(totals: Totals, signals, mask: Tensor, group_size: int) -> None:
+    """Buckets of a group in which no token has a normalised progress."""
+    buckets = signals.buckets
     group = torch.arange(len(mask), device=mask.device)[:, None] // group_size
     key = (group * (buckets.max() + 1) + buckets)[mask]
+    if not len(key):
+        return
     _, inverse = key.unique(return_inverse=True)
-    loudest = torch.zeros(int(inverse.max()) + 1 if len(inverse) else 1, device=mask.device)
-    loudest.scatter_reduce_(0, inverse, normalized[mask].abs().float(), "amax")
-    psi = signals.psi[mask & (signals.group_advantages != 0)[:, None]]
-    return {
-        "erpo/progress_std": std,
-        "erpo/progress_snr": 2 * std / noise_floor,
-        "erpo/frac_silent_buckets": _mean((loudest == 0).float()),
-        "erpo/psi_std": psi.std(correction=0).item() if len(psi) else float("nan"),
-    }
+    loudest = torch.zeros(int(inverse.max()) + 1, device=mask.device)
+    loudest.scatter_reduce_(0, inverse, signals.normalized_progress[mask].abs().float(), "amax")
+    totals.add_values("erpo/frac_silent_buckets", loudest == 0)
 
 
-def _gates(gates: Tensor, entropies: Tensor) -> dict[str, float]:
-    if not len(gates):
-        return {"erpo/gate_mean_top5": float("nan"), "erpo/gate_mean_bottom5": float("nan")}
-    count = max(1, round(0.05 * len(gates)))
-    order = entropies.argsort()
-    return {"erpo/gate_mean_top5": _mean(gates[order[-count:]]), "erpo/gate_mean_bottom5": _mean(gates[order[:count]])}
-
-
-def _flips(signals, advantages: Tensor, mask: Tensor) -> dict[str, float]:
+def _count_flips(totals: Totals, signals, advantages: Tensor, mask: Tensor) -> None:
     """Share of tokens whose advantage has the other sign than their answer's, right and wrong answers apart."""
     group = signals.group_advantages[:, None]
-    right, wrong = mask & (group > 0), mask & (group < 0)
-    return {
-        "erpo/share_flipped_right": _mean((advantages[right] < 0).float()),
-        "erpo/share_flipped_wrong": _mean((advantages[wrong] > 0).float()),
-    }
+    totals.add_values("erpo/share_flipped_right", advantages[mask & (group > 0)] < 0)
+    totals.add_values("erpo/share_flipped_wrong", advantages[mask & (group < 0)] > 0)
 
 
-def _invariants(advantages: Tensor, signals, mask: Tensor, group_size: int) -> dict[str, float]:
-    """Eq. 16 on the live groups, after clipping: |sum A^| per token, and how far the variance is from 1."""
-    tokens = mask.view(-1, group_size * mask.shape[1])
-    grouped = advantages.reshape(tokens.shape)
-    heard = scored_groups(signals.advantages, group_size)
-    if not heard.any():
-        return {"erpo/advantage_sum_residual": 0.0, "erpo/advantage_var_residual": 0.0}
-    count = tokens.sum(1).clamp(min=1)
-    mean = grouped.sum(1) / count
-    variance = grouped.square().sum(1) / count - mean.square()
-    return {
-        "erpo/advantage_sum_residual": mean[heard].abs().max().item(),
-        "erpo/advantage_var_residual": (variance[heard] - 1).abs().max().item(),
-    }
+def _count_lengths(totals: Totals, batch: "MicroBatch", mask: Tensor) -> None:
+    lengths, right = mask.sum(1).float(), (batch.outcomes > 0).to(mask.device)
+    totals.add_values("length/right", lengths[right])
+    totals.add_values("length/wrong", lengths[~right])

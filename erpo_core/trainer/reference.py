@@ -1,27 +1,61 @@
-"""pi_ref: the policy that training started from, frozen."""
+"""pi_ref: the policy that training started from, frozen, and a fingerprint that shows it stayed so."""
 
 import copy
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
 
 REFERENCE_ADAPTER = "ref"
 
 
-def make_reference(model) -> Callable[..., AbstractContextManager]:
-    """A function of the policy that gives, as a context manager, the reference model.
+class Reference:
+    """A fresh adapter needs no copy: switched off it leaves the base.
 
-    A fresh adapter needs no copy: switched off it leaves the base. An adapter that has been trained already is copied
-    under the name ``ref``; a model without adapters is copied whole.
+    An adapter that has been trained already is copied under the name ``ref``; a model without adapters is copied whole.
     """
-    from peft import PeftModel
 
-    if not isinstance(model, PeftModel):
-        frozen = copy.deepcopy(model).eval().requires_grad_(False)
-        return lambda policy: nullcontext(frozen)
-    if _is_fresh(model):
-        return _without_adapter
-    _copy_adapter(model)
-    return _with_copy
+    def __init__(self, model: Any) -> None:
+        from peft import PeftModel
+
+        self._frozen = self._adapter = None
+        if not isinstance(model, PeftModel):
+            self._frozen = copy.deepcopy(model).eval().requires_grad_(False)
+        elif not _is_fresh(model):
+            _copy_adapter(model)
+            self._adapter = REFERENCE_ADAPTER
+
+    @contextmanager
+    def of(self, policy: Any) -> Iterator[Any]:
+        """The reference as a model, for as long as the policy is not used."""
+        if self._frozen is not None:
+            yield self._frozen
+        elif self._adapter is None:
+            with _evaluating(policy), policy.disable_adapter():
+                yield policy
+        else:
+            with _evaluating(policy):
+                policy.set_adapter(self._adapter)
+                try:
+                    yield policy
+                finally:
+                    policy.set_adapter("default")
+
+    def fingerprint(self, policy: Any) -> str:
+        """Of every weight that must never change, by the sums of their bits: a read of the memory, no copy of it."""
+        model = policy if self._frozen is None else self._frozen
+        digest = hashlib.sha256()
+        for name, parameter in model.named_parameters():
+            if not parameter.requires_grad:
+                digest.update(f"{name} {tuple(parameter.shape)} {_sum_of_bits(parameter)}\n".encode())
+        return digest.hexdigest()
+
+
+def _sum_of_bits(parameter: torch.Tensor) -> int:
+    integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[parameter.element_size()]
+    return parameter.detach().view(integers).sum(dtype=torch.int64).item()
 
 
 def _is_fresh(model) -> bool:
@@ -37,22 +71,6 @@ def _copy_adapter(model) -> None:
             twin = model.get_parameter(name.replace(".default.", f".{REFERENCE_ADAPTER}."))
             twin.data.copy_(parameter.data)
             twin.requires_grad_(False)
-
-
-@contextmanager
-def _without_adapter(policy) -> Iterator:
-    with _evaluating(policy), policy.disable_adapter():
-        yield policy
-
-
-@contextmanager
-def _with_copy(policy) -> Iterator:
-    with _evaluating(policy):
-        policy.set_adapter(REFERENCE_ADAPTER)
-        try:
-            yield policy
-        finally:
-            policy.set_adapter("default")
 
 
 @contextmanager

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 
 from erpo_core.data.formats import Problem, problems_digest
-from erpo_core.errors import RunError
 from erpo_core.job import JobInputs, Stop
 from erpo_core.memory import SMALL_MODEL, count_parameters
 from erpo_core.models import load_policy, prepare_model
@@ -18,7 +17,7 @@ from erpo_core.records import Progress, Resolved, Result, Sink
 from erpo_core.rewards.functions import reward_functions
 from erpo_core.rewards.verify import Verifier
 from erpo_core.specs.train import BaseTrainSpec, ErpoTrainSpec, GrpoTrainSpec
-from erpo_core.trainer.callbacks import RecordCallback, verify_checkpoint
+from erpo_core.trainer.callbacks import RecordCallback
 from erpo_core.trainer.config import ERPOConfig
 from erpo_core.trainer.data import load_training_problems, make_dataset, report_dropped, with_completion_length
 from erpo_core.trainer.preflight import run_preflight
@@ -77,14 +76,12 @@ def run_training(spec: GrpoTrainSpec, inputs: JobInputs, sink: Sink, stop: Stop)
     dataset, dropped = make_dataset(tokenizer, problems, spec)
     report_dropped(sink, dropped, len(problems), "are too long")
     spec = with_completion_length(spec, dataset)
-    args = make_config(spec, inputs.work_dir / "trainer", bf16=wants_bf16(spec))
+    args = make_config(spec, inputs.work_dir / "checkpoints", bf16=wants_bf16(spec))
     with Verifier() as verifier:
         functions = reward_functions(spec.rewards, verifier)
         accuracy = next((f for f in functions if hasattr(f, "last_verdicts")), None)
         origin = {name: info[name] for name in ("model_digest", "adapter_digest", "tokenizer_digest", "dtype")}
-        records = RecordCallback(
-            sink, stop, accuracy, inputs.work_dir / "checkpoints", origin | {"head_dtype": "float32"}
-        )
+        records = RecordCallback(sink, stop, accuracy, origin | {"head_dtype": "float32"})
         trainer = ERPOTrainer(
             model=model,
             reward_funcs=functions,
@@ -98,10 +95,9 @@ def run_training(spec: GrpoTrainSpec, inputs: JobInputs, sink: Sink, stop: Stop)
         own = {field.name for field in fields(ERPOConfig)} & (set(PASSED_THROUGH) | set(ERPO_ONLY))
         config = {name: getattr(args, name) for name in sorted(own)}
         sink.emit(Resolved(described(spec, config, info, problems, dataset)))
-        resume_from = resume_path(inputs)
-        if spec.preflight and resume_from is None:
+        if spec.preflight and inputs.resume_from is None:
             run_preflight(trainer, sink, stop)
-        output = trainer.train(resume_from_checkpoint=resume_from)
+        output = trainer.train(resume_from_checkpoint=str(inputs.resume_from) if inputs.resume_from else None)
     done = trainer.state.global_step
     summary = {
         "steps": done,
@@ -166,19 +162,6 @@ def lora_config(spec: BaseTrainSpec):
         target_modules=targets if isinstance(targets, str) else list(targets),
         task_type="CAUSAL_LM",
     )
-
-
-def resume_path(inputs: JobInputs) -> str | None:
-    """The folder to resume from, if there is one.
-
-    Raises:
-        RunError: ``checkpoint_damaged``.
-    """
-    if inputs.resume_from is None:
-        return None
-    if not verify_checkpoint(inputs.resume_from):
-        raise RunError(f"the checkpoint {inputs.resume_from.name} is damaged", code="checkpoint_damaged")
-    return str(inputs.resume_from)
 
 
 def described(

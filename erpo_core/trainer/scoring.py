@@ -1,43 +1,61 @@
-"""Log-probabilities and entropies of sampled answers by one teacher-forced pass, the prompt computed once per group."""
+"""Log-probabilities and entropies of sampled answers by one teacher-forced pass over a packed row."""
 
-# N = groups, G = responses a group, B = N * G, P = prompt tokens, T = completion tokens, H = hidden size
+# N = active tokens, G = responses a group, B = responses, T = completion tokens, H = hidden size
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from erpo_core.logits import TokenScores, score_tokens
-from erpo_core.prefill import PaddedPrompts, pad_prompts, prefill
+from erpo_core.packing import PackedRow, pack, packed_hidden, supports_packing
 
+_BLOCK_ELEMENTS = {"cpu": 2**25, "cuda": 2**27}
+"""Logits alive at once: training has gigabytes of activations beside them."""
 _TRAINABLE_HEAD_BLOCK = 256
 """Tokens of a block where the head is trained: its logits are computed again in the backward."""
 
 
 @dataclass(frozen=True)
 class Rollouts:
-    """Some groups of answers, padded: prompts to end in one column, completions to begin in one."""
+    """Some groups of answers; completions are padded on the right."""
 
-    prompts: PaddedPrompts
-    """N prompts of P columns."""
+    prompts: tuple[tuple[int, ...], ...]
+    """One for each group."""
     completion_ids: Tensor
     """(B, T) int64, rows of one group adjacent."""
     mask: Tensor
-    """(B, T) bool, true on completion tokens."""
+    """(B, T) bool, true on completion tokens; a row that is all false takes no part."""
 
     @property
     def num_generations(self) -> int:
         """G."""
-        return len(self.completion_ids) // len(self.prompts.ids)
+        return len(self.completion_ids) // len(self.prompts)
+
+    @cached_property
+    def answers(self) -> list[list[int]]:
+        """The active tokens of each row."""
+        lengths = self.mask.sum(1).tolist()
+        return [ids[:length] for ids, length in zip(self.completion_ids.tolist(), lengths, strict=True)]
+
+    @cached_property
+    def row(self) -> PackedRow:
+        """All of it as one row."""
+        return pack(self.prompts, self.answers, self.completion_ids.device)
 
     def part(self, start: int, end: int) -> "Rollouts":
-        """Responses ``start`` to ``end``, which belong to one group."""
-        prompt = self.prompts.row(start // self.num_generations)
-        return Rollouts(prompt, self.completion_ids[start:end], self.mask[start:end])
+        """Responses ``start`` to ``end``: some of one group, or whole groups."""
+        first, last = start // self.num_generations, (end - 1) // self.num_generations
+        return Rollouts(self.prompts[first : last + 1], self.completion_ids[start:end], self.mask[start:end])
 
 
-def pad_rollouts(prompts: list[list[int]], completions: list[list[int]], pad_id: int, device) -> Rollouts:
+def pad_rollouts(
+    prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], pad_id: int, device
+) -> Rollouts:
     """Rollouts of N prompts and their B completions."""
     length = max(1, *(len(completion) for completion in completions))
     completion_ids = torch.full((len(completions), length), pad_id, dtype=torch.long)
@@ -45,47 +63,94 @@ def pad_rollouts(prompts: list[list[int]], completions: list[list[int]], pad_id:
     for row, completion in enumerate(completions):
         completion_ids[row, : len(completion)] = torch.tensor(completion, dtype=torch.long)
         mask[row, : len(completion)] = True
-    return Rollouts(pad_prompts(prompts, pad_id, device), completion_ids.to(device), mask.to(device))
+    return Rollouts(tuple(map(tuple, prompts)), completion_ids.to(device), mask.to(device))
 
 
-def score_rollouts(model, rollouts: Rollouts, *, temperature: float, share_prompt: bool = True) -> TokenScores:
-    """Scores of the active completion tokens, (active tokens,) in row-major order of ``rollouts.mask``.
+@dataclass(frozen=True)
+class ReferenceStates:
+    """What the reference model says of the same tokens, before its head."""
+
+    hidden: Tensor
+    """(N, H), no gradient."""
+    weight: Tensor | None
+    """(V, H) of its head; None where it is the policy's."""
+
+
+def hidden_states(model: Any, rollouts: Rollouts, *, packed: bool | None = None) -> Tensor:
+    """(N, H) states that predict the active tokens, in row-major order of ``rollouts.mask``.
 
     Args:
         model: A causal language model, LoRA in place or not, without a DDP wrapper.
+        packed: One row without padding; otherwise each answer behind its own copy of the prompt. By default wherever
+            the model supports it: values and gradient are the same.
+    """
+    body = body_of(model)
+    if supports_packing(body) if packed is None else packed:
+        return packed_hidden(body, rollouts.row)
+    return _padded_hidden(body, rollouts)
+
+
+@torch.no_grad()
+def reference_states(reference: Any, policy: Any, rollouts: Rollouts, *, packed: bool | None = None) -> ReferenceStates:
+    """For ``score_rollouts`` of ``policy``."""
+    hidden = hidden_states(reference, rollouts, packed=packed)
+    weight = reference.get_output_embeddings().weight
+    return ReferenceStates(hidden, None if weight is policy.get_output_embeddings().weight else weight)
+
+
+def score_rollouts(
+    model: Any,
+    rollouts: Rollouts,
+    *,
+    temperature: float,
+    reference: ReferenceStates | None = None,
+    packed: bool | None = None,
+) -> TokenScores:
+    """Scores of the active completion tokens, (N,) in row-major order of ``rollouts.mask``.
+
+    Args:
+        model: See :func:`hidden_states`.
         temperature: Of the sampling distribution.
-        share_prompt: Compute each prompt once and let its G answers attend to one cache; the gradient is the same.
+        reference: For ``ref_logps`` and ``kls``.
+        packed: See :func:`hidden_states`.
 
     Raises:
         ValueError: the model changes its logits after the head (soft-capping, scaling).
     """
     check_head(model.config)
-    hidden_BTH = (_shared_hidden if share_prompt else _plain_hidden)(body_of(model), rollouts)
-    head = model.get_output_embeddings()
-    hidden_nH = hidden_BTH[rollouts.mask]
-    targets_n = rollouts.completion_ids[rollouts.mask]
+    hidden_NH = hidden_states(model, rollouts, packed=packed)
+    targets_N = rollouts.completion_ids[rollouts.mask]
     # Autocast would compute the logits in bfloat16: a difference of two such log-probabilities is noise.
-    with torch.autocast(hidden_nH.device.type, enabled=False):
-        return _score_head(head, hidden_nH, targets_n, temperature)
+    with torch.autocast(hidden_NH.device.type, enabled=False):
+        return _score_head(model.get_output_embeddings(), hidden_NH, targets_N, temperature, reference)
 
 
-def _score_head(head, hidden_nH: Tensor, targets_n: Tensor, temperature: float) -> TokenScores:
+def _score_head(head, hidden_NH: Tensor, targets_N: Tensor, temperature: float, reference) -> TokenScores:
     weight, bias = head.weight, getattr(head, "bias", None)
-    if not (torch.is_grad_enabled() and weight.requires_grad):
-        return score_tokens(hidden_nH, weight, targets_n, temperature=temperature, bias=bias)
+    trained = torch.is_grad_enabled() and weight.requires_grad
+    scores = score_tokens(
+        hidden_NH.detach().requires_grad_() if trained else hidden_NH,
+        weight.detach(),
+        targets_N,
+        temperature=temperature,
+        bias=None if bias is None else bias.detach(),
+        details=False,
+        ref_hidden=None if reference is None else reference.hidden,
+        ref_weight=None if reference is None else reference.weight,
+        block_elements=_BLOCK_ELEMENTS.get(hidden_NH.device.type, 2**25),
+    )
+    if not trained or not len(targets_N):
+        return scores
     # A trained head needs a gradient of its own, which the cached score vector does not give.
-    fixed_bias = None if bias is None else bias.detach()
-    apart_nH = hidden_nH.detach().requires_grad_()
-    scores = score_tokens(apart_nH, weight.detach(), targets_n, temperature=temperature, bias=fixed_bias)
-    parts = [
+    logps = [
         checkpoint(_trainable_logps, hidden, weight, bias, targets, temperature, use_reentrant=False)
         for hidden, targets in zip(
-            hidden_nH.split(_TRAINABLE_HEAD_BLOCK), targets_n.split(_TRAINABLE_HEAD_BLOCK), strict=True
+            hidden_NH.split(_TRAINABLE_HEAD_BLOCK), targets_N.split(_TRAINABLE_HEAD_BLOCK), strict=True
         )
     ]
-    trained = torch.cat(parts) if parts else scores.logps
+    trained_logps = torch.cat(logps)
     # The value of score_tokens, which scores the reference as well: the difference of two implementations is noise.
-    return replace(scores, logps=scores.logps.detach() + (trained - trained.detach()))
+    return replace(scores, logps=scores.logps.detach() + (trained_logps - trained_logps.detach()))
 
 
 def _trainable_logps(hidden_nH, weight_VH, bias_V, targets_n, temperature: float) -> Tensor:
@@ -102,42 +167,26 @@ def body_of(model):
 
 
 def spread(values: Tensor, mask: Tensor) -> Tensor:
-    """(active tokens,) back to (B, T), 0 elsewhere."""
+    """(N,) back to (B, T), 0 elsewhere."""
     out = values.new_zeros(mask.shape)
     out[mask] = values
     return out
 
 
-def _shared_hidden(body, rollouts: Rollouts) -> Tensor:
-    group_size = rollouts.num_generations
-    prompt = prefill(body, rollouts.prompts)
-    first_B1H = prompt.last_hidden_state[:, -1:].repeat_interleave(group_size, 0)
-    if rollouts.completion_ids.shape[1] == 1:
-        return first_B1H
-    cache = prompt.past_key_values
-    if group_size > 1:
-        cache.batch_repeat_interleave(group_size)
-    prompt_mask_BP = rollouts.prompts.mask.repeat_interleave(group_size, 0)
-    ids_BT = rollouts.completion_ids[:, :-1]
-    steps_T = torch.arange(ids_BT.shape[1], device=ids_BT.device)
-    rest = body(
-        input_ids=ids_BT,
-        attention_mask=torch.cat([prompt_mask_BP, rollouts.mask[:, :-1].to(prompt_mask_BP.dtype)], 1),
-        position_ids=prompt_mask_BP.sum(1, keepdim=True) + steps_T,
-        past_key_values=cache,
-        use_cache=True,
-    )
-    return torch.cat([first_B1H, rest.last_hidden_state], 1)
-
-
-def _plain_hidden(body, rollouts: Rollouts) -> Tensor:
-    group_size = rollouts.num_generations
-    prompt_mask_BP = rollouts.prompts.mask.repeat_interleave(group_size, 0)
-    ids = torch.cat([rollouts.prompts.ids.repeat_interleave(group_size, 0), rollouts.completion_ids], 1)
-    mask = torch.cat([prompt_mask_BP, rollouts.mask.to(prompt_mask_BP.dtype)], 1)
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
-    output = body(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False)
-    return output.last_hidden_state[:, rollouts.prompts.ids.shape[1] - 1 : -1]
+def _padded_hidden(body, rollouts: Rollouts) -> Tensor:
+    """Each answer behind its prompt, both padded on the right."""
+    prompts = [prompt for prompt in rollouts.prompts for _ in range(rollouts.num_generations)]
+    rows = [[*prompt, *answer] for prompt, answer in zip(prompts, rollouts.answers, strict=True)]
+    width = max(map(len, rows))
+    device = rollouts.mask.device
+    ids = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=device)
+    lengths = torch.tensor([len(row) for row in rows], device=device)
+    mask = (torch.arange(width, device=device) < lengths[:, None]).long()
+    states = body(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+    predicting = torch.zeros_like(mask, dtype=torch.bool)
+    for row, (prompt, answer) in enumerate(zip(prompts, rollouts.answers, strict=True)):
+        predicting[row, len(prompt) - 1 : len(prompt) - 1 + len(answer)] = True
+    return states[predicting]
 
 
 def check_head(config) -> None:

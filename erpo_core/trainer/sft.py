@@ -15,7 +15,8 @@ from erpo_core.specs.train import SftTrainSpec
 from erpo_core.trainer.callbacks import RecordCallback
 from erpo_core.trainer.data import load_training_problems, make_solution_dataset, report_dropped
 from erpo_core.trainer.guards import SkipNonFinite
-from erpo_core.trainer.run import described, lora_config, resume_path, wants_bf16
+from erpo_core.trainer.run import described, lora_config, wants_bf16
+from erpo_core.trainer.saving import WholeCheckpoints
 from erpo_core.trainer.state import RunState
 
 PASSED_THROUGH = (
@@ -44,11 +45,20 @@ class SolutionConfig(SFTConfig):
     max_skipped_steps: int = field(default=10, metadata={"help": "Steps with a non-finite gradient before it fails."})
 
 
-class SolutionTrainer(SFTTrainer):
+class _NoReference:
+    """Nothing is compared with the weights that training started from."""
+
+    def fingerprint(self, policy: Any) -> str:
+        return ""
+
+
+class SolutionTrainer(WholeCheckpoints, SFTTrainer):
     """TRL's, with what :class:`RecordCallback` and :class:`SkipNonFinite` read of a trainer."""
 
     def __init__(self, *args, **kwargs) -> None:
         self.run_state = RunState()
+        self.removed_checkpoints = []
+        self._reference = _NoReference()
         self.keeps_rollouts = False
         self.rollout_log: list[Any] = []
         self.traces: list[Any] = []
@@ -60,14 +70,13 @@ class SolutionTrainer(SFTTrainer):
         self._metrics["train"]["erpo/skipped_steps"] = [self.run_state.skipped_steps]
         super().log(logs, start_time)
 
-    def _save_checkpoint(self, model, trial) -> None:
-        super()._save_checkpoint(model, trial)
-        self.run_state.save(Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}")
+    @property
+    def _policy(self):
+        return self.accelerator.unwrap_model(self.model)
 
     def _load_optimizer_and_scheduler(self, checkpoint) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
-            self.run_state = RunState.load(Path(checkpoint))
             # TRL counts the tokens from 0 again.
             counts = [entry["num_tokens"] for entry in self.state.log_history if "num_tokens" in entry]
             self._total_train_tokens = counts[-1] if counts else 0
@@ -102,8 +111,8 @@ def run_sft(spec: SftTrainSpec, inputs: JobInputs, sink: Sink, stop: Stop) -> di
     problems = load_training_problems(spec, inputs, sink)
     dataset, dropped = make_solution_dataset(tokenizer, problems, spec)
     report_dropped(sink, dropped, len(dataset) + dropped, "are too long with their solution")
-    args = make_sft_config(spec, inputs.work_dir / "trainer", bf16=wants_bf16(spec))
-    records = SolutionRecords(sink, stop, None, inputs.work_dir / "checkpoints", {})
+    args = make_sft_config(spec, inputs.work_dir / "checkpoints", bf16=wants_bf16(spec))
+    records = SolutionRecords(sink, stop, None, {})
     trainer = SolutionTrainer(
         model=model,
         args=args,
@@ -115,7 +124,7 @@ def run_sft(spec: SftTrainSpec, inputs: JobInputs, sink: Sink, stop: Stop) -> di
     records.attach(trainer)
     config = {name: getattr(args, name) for name in PASSED_THROUGH}
     sink.emit(Resolved(described(spec, config, info, problems, dataset)))
-    output = trainer.train(resume_from_checkpoint=resume_path(inputs))
+    output = trainer.train(resume_from_checkpoint=str(inputs.resume_from) if inputs.resume_from else None)
     done = trainer.state.global_step
     summary = {
         "steps": done,

@@ -1,7 +1,8 @@
 """What a run has measured and counted so far; a resumed run reads it from its checkpoint."""
 
 import json
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 FILE_NAME = "erpo_state.json"
@@ -10,12 +11,15 @@ FILE_NAME = "erpo_state.json"
 @dataclass
 class RunState:
     """``noise``: std of the rounding in the progress signal. ``entropy_mean``, ``entropy_second``: the running moments
-    of the entropy, None before the first step. ``skipped_steps``: steps without an update."""
+    of the entropy, None before the first step. ``skipped_steps``: steps without an update. ``base_fingerprint``: of the
+    reference's weights. ``checkpoint_rewards``: {step: reward}."""
 
     noise: float = 0.0
     entropy_mean: float | None = None
     entropy_second: float | None = None
     skipped_steps: int = 0
+    base_fingerprint: str | None = None
+    checkpoint_rewards: dict[str, float] = field(default_factory=dict)
 
     @property
     def entropy_std(self) -> float | None:
@@ -30,6 +34,12 @@ class RunState:
             self.entropy_mean, self.entropy_second = mean, second
         self.entropy_mean = decay * self.entropy_mean + (1 - decay) * mean
         self.entropy_second = decay * self.entropy_second + (1 - decay) * second
+
+    def best_checkpoint(self, steps: Sequence[int]) -> int | None:
+        """The step of highest reward, the earliest of equals; None where no step has one."""
+        rewards = {step: self.checkpoint_rewards.get(str(step), float("-inf")) for step in steps}
+        rewarded = [step for step in steps if rewards[step] > float("-inf")]
+        return max(rewarded, key=rewards.__getitem__, default=None)
 
     def save(self, folder: Path) -> None:
         """Write it into a checkpoint."""

@@ -18,9 +18,10 @@ if TYPE_CHECKING:
 
 
 def trace_records(trace: "TraceGroup", trainer: "ERPOTrainer", origin: dict[str, Any]) -> Iterator[Trace]:
-    """One record per response of the first ``trace_groups`` groups."""
+    """One record per response of the kept groups."""
     batch, scored, size = trace.batch, trace.scored, trainer.num_generations
-    rows = range(min(len(batch.examples), trainer.args.trace_groups * size))
+    rows = range(min(len(batch.examples), trace.groups * size))
+    first_group = batch.first_row // size
     columns = [_columns(trace, row) for row in rows]
     pivots = find_pivots([found["entropy"] for found in columns], DetectorSpec())
     for row, found, positions in zip(rows, columns, pivots, strict=True):
@@ -28,8 +29,8 @@ def trace_records(trace: "TraceGroup", trainer: "ERPOTrainer", origin: dict[str,
         stats, histogram = sequence_stats(found["entropy"])
         example = batch.examples[row]
         meta = {
-            "prompt_id": str(example.get("prompt_id", f"group-{row // size}")),
-            "group": row // size,
+            "prompt_id": str(example.get("prompt_id", f"group-{first_group + row // size}")),
+            "group": first_group + row // size,
             "sample": row % size,
             "prompt": example.get("problem") or str(example["prompt"]),
             "completion": batch.completions[row],

@@ -1,37 +1,50 @@
 """ERPOTrainer: TRL's GRPOTrainer with token-level advantages.
 
 Data, rewards, optimisation and saving are TRL's and transformers'. Ours are generation (the prompt computed once),
-scoring (float32 logits, no dropout, the prompt once per group), the advantages and the loss (eqs. 4, 5). On-policy, the
-advantages are formed from the very forward that is differentiated: ERPO then costs no forward more than GRPO.
+scoring (float32 logits, no dropout, one packed row), the advantages and the loss (eqs. 4, 5). On-policy, the advantages
+are formed from the very forward that is differentiated: ERPO then costs no forward more than GRPO.
 """
 
 import time
 from collections import defaultdict
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import DistributedType
 from torch import Tensor
+from torch.nn.functional import pad
 from trl import GRPOTrainer
 
 from erpo_core.advantages import ERPOSignals, erpo_advantages
 from erpo_core.generation.transformers import Sample, TransformersEngine
-from erpo_core.loss import erpo_loss, token_weights, top_entropy_mask
+from erpo_core.logits import TokenScores
+from erpo_core.loss import LossTerms, erpo_loss, response_weights, top_entropy_mask
 from erpo_core.memory import SMALL_MODEL
+from erpo_core.packing import packed_attention, supports_packing
 from erpo_core.prompts import stop_token_ids
+from erpo_core.trainer import measures, ranks
 from erpo_core.trainer.batches import MicroBatch, Scored, TraceGroup
 from erpo_core.trainer.config import ERPOConfig
 from erpo_core.trainer.guards import SaveAtBoundaries, SkipNonFinite
-from erpo_core.trainer.measures import signal_metrics
-from erpo_core.trainer.reference import make_reference
+from erpo_core.trainer.noise import measure_noise
+from erpo_core.trainer.reference import Reference
 from erpo_core.trainer.sampler import EpochSampler
-from erpo_core.trainer.scoring import Rollouts, pad_rollouts, score_rollouts, spread
+from erpo_core.trainer.saving import WholeCheckpoints
+from erpo_core.trainer.scoring import (
+    Rollouts,
+    body_of,
+    pad_rollouts,
+    reference_states,
+    score_rollouts,
+    spread,
+)
 from erpo_core.trainer.state import RunState
+from erpo_core.trainer.totals import Totals
 
 
-class ERPOTrainer(GRPOTrainer):
+class ERPOTrainer(WholeCheckpoints, GRPOTrainer):
     """Used as TRL's GRPOTrainer is: same constructor, same data set format; ``args`` is an :class:`ERPOConfig`.
 
     Raises:
@@ -53,9 +66,12 @@ class ERPOTrainer(GRPOTrainer):
         """Whether somebody empties ``rollout_log`` and ``traces``; otherwise only the last generation is kept."""
         self.traces: list[TraceGroup] = []
         self.rollout_log: list[MicroBatch] = []
+        self.removed_checkpoints: list[int] = []
         self.run_state = RunState()
         self._seconds: defaultdict[str, float] = defaultdict(float)
-        self._step_entropies = torch.zeros(3, dtype=torch.float64)
+        self._totals = Totals()
+        self._entropy_sums = [0.0, 0.0, 0.0]
+        self._noise_step = -1
         # TRL would load a reference by the model's name, or none at all where beta is 0; ERPO always needs its own.
         kept = {"loss_type": args.loss_type, "beta": args.beta}
         args.loss_type, args.beta = "bnpo", 0.0
@@ -65,10 +81,15 @@ class ERPOTrainer(GRPOTrainer):
             args.loss_type, args.beta = kept["loss_type"], kept["beta"]
         self.beta = args.beta
         self._check_layout()
-        self._reference = make_reference(self.accelerator.unwrap_model(self.model))
+        self._reference = Reference(self._policy)
         self._scores_in_float32 = self._resolve_scoring_dtype() == "float32"
         self.add_callback(SkipNonFinite(self))
         self.add_callback(SaveAtBoundaries())
+
+    @property
+    def _policy(self):
+        """The model below DDP's wrapper."""
+        return self.accelerator.unwrap_model(self.model)
 
     # --- rollouts
 
@@ -94,17 +115,17 @@ class ERPOTrainer(GRPOTrainer):
         return self._buffered_inputs[self._step % self.args.steps_per_generation]
 
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, has_tool_images=False):
-        unique = [list(ids) for ids in prompt_ids[::num_generations]]
+        groups = _runs_of_equals(prompt_ids, num_generations)
         with self._timed("generate"):
-            groups = self.sample(unique, num_generations, seed=self._generation_seed())
-        self._finished = [sample.finished for group in groups for sample in group]
-        return [sample.token_ids for group in groups for sample in group], None
+            found = self.sample([list(ids) for ids in prompt_ids[::groups]], groups, seed=self._generation_seed())
+        samples = [sample for group in found for sample in group]
+        self._finished = [sample.finished for sample in samples]
+        return [sample.token_ids for sample in samples], None
 
     def sample(self, prompts: list[list[int]], n: int, *, seed: int) -> list[list[Sample]]:
         """``n`` answers of the policy as it is to each prompt; nothing of the trainer changes."""
-        model = self.accelerator.unwrap_model(self.model)
         with self._autocast(self.args.bf16):
-            return TransformersEngine(model, self.processing_class).generate(
+            return self._engine().generate(
                 prompts,
                 n=n,
                 temperature=self.temperature,
@@ -114,6 +135,9 @@ class ERPOTrainer(GRPOTrainer):
                 stop_ids=stop_token_ids(self.processing_class),
                 seed=seed,
             )
+
+    def _engine(self) -> TransformersEngine:
+        return TransformersEngine(self._policy, self.processing_class)
 
     def _generation_seed(self) -> int:
         """A seed of its own for each generation: a resumed run samples what the run never stopped would have."""
@@ -127,27 +151,43 @@ class ERPOTrainer(GRPOTrainer):
         prompt_ids, completion_ids, _, completions, *_ = self._generate(prompts)
         with self._timed("rewards"):
             per_function = self._calculate_rewards(examples, prompts, completions, completion_ids)
-        per_function = per_function[self._local_rows(len(prompts))]
+        batches = self._micro_batches(examples, prompt_ids, completion_ids, completions, per_function)
+        self.rollout_log = [*self.rollout_log, *batches] if self.keeps_rollouts else batches
+        if not self._forms_credit_in_the_loss():
+            with torch.no_grad():
+                self._score_before_the_loss(batches)
+        return batches
+
+    def _micro_batches(self, examples, prompt_ids, completion_ids, completions, per_function) -> list[MicroBatch]:
+        count, size = len(examples), self.args.per_device_train_batch_size
+        start = self.accelerator.process_index * count
+        per_function = per_function[start : start + count]
+        rewards = self._total_rewards(per_function)
+        judged = ~rewards.isnan()
+        lengths = torch.tensor([len(ids) for ids in completion_ids], device=judged.device) * judged
+        weights = response_weights(
+            ranks.gather_rows(self.accelerator, lengths).view(-1, count),
+            self.accelerator.process_index,
+            loss_type=self.args.loss_type,
+            num_generations=self.num_generations,
+            micro_batch=size,
+            accumulation=self.args.gradient_accumulation_steps,
+        )
         verdicts = self._last_verdicts()
-        # A response that no function judged is NaN: it is left out of its group.
-        weights = self.reward_weights.to(per_function.device)
-        rewards = (per_function * weights).nansum(1).masked_fill(per_function.isnan().all(1), torch.nan)
-        self._log_rewards(per_function, rewards)
-        size = self.args.per_device_train_batch_size
-        window = self.args.gradient_accumulation_steps
-        pad = self.processing_class.pad_token_id
-        device = self.accelerator.device
         batches = []
-        for start in range(0, len(prompts), size):
-            part = slice(start, start + size)
-            # The optimizer step that this micro-batch belongs to: its sizes are the denominators of the loss.
-            first = start // (size * window) * size * window
-            step_rows = range(first, min(first + size * window, len(prompts)))
-            rollouts = pad_rollouts(prompt_ids[part][:: self.num_generations], completion_ids[part], pad, device)
-            judged = ~rewards[part].isnan().to(device)
+        for first in range(0, count, size):
+            part = slice(first, first + size)
+            per_prompt = _runs_of_equals(prompt_ids[part], self.num_generations)
+            rollouts = pad_rollouts(
+                prompt_ids[part][::per_prompt],
+                completion_ids[part],
+                self.processing_class.pad_token_id,
+                self.accelerator.device,
+            )
             batches.append(
                 MicroBatch(
-                    rollouts=replace(rollouts, mask=rollouts.mask & judged[:, None]),
+                    rollouts=replace(rollouts, mask=rollouts.mask & judged[part, None]),
+                    weights=weights[part],
                     rewards=rewards[part],
                     outcomes=per_function[part, self._outcome_index()],
                     finished=torch.tensor(self._finished[part]),
@@ -155,23 +195,19 @@ class ERPOTrainer(GRPOTrainer):
                     examples=examples[part],
                     completions=[_text(completion) for completion in completions[part]],
                     reward_rows={name: per_function[part, i] for i, name in enumerate(self.reward_func_names)},
+                    first_row=first,
                     verdicts=verdicts[part] if verdicts else None,
-                    groups_in_step=len(step_rows) // self.num_generations,
-                    tokens_in_step=sum(len(completion_ids[row]) for row in step_rows if not rewards[row].isnan()),
                 )
             )
-        self.rollout_log = [*self.rollout_log, *batches] if self.keeps_rollouts else batches
-        if self._measures_noise():
-            self._measure_noise(batches[0].rollouts.part(0, self.num_generations))
-        if not self._is_on_policy():
-            for batch in batches:
-                with torch.no_grad():
-                    batch.old = self._score(self.model, batch)
         return batches
 
-    def _local_rows(self, count: int) -> slice:
-        start = self.accelerator.process_index * count
-        return slice(start, start + count)
+    def _total_rewards(self, per_function: Tensor) -> Tensor:
+        """(B,) weighted sums. A response that no function judged is NaN: it is left out of its group."""
+        for index, name in enumerate(self.reward_func_names):
+            judged = per_function[:, index]
+            self._totals.add_values(f"rewards/{name}", judged[~judged.isnan()])
+        weights = self.reward_weights.to(per_function.device)
+        return (per_function * weights).nansum(1).masked_fill(per_function.isnan().all(1), torch.nan)
 
     def _outcome_index(self) -> int:
         names = self.reward_func_names
@@ -184,59 +220,61 @@ class ERPOTrainer(GRPOTrainer):
                 return [str(verdict) for verdict in verdicts]
         return None
 
-    def _is_on_policy(self) -> bool:
-        """One optimizer step for each generation: the policy that is differentiated is the one that sampled."""
-        return self.num_iterations == 1 and self.args.steps_per_generation <= self.args.gradient_accumulation_steps
-
-    def training_step(self, model, inputs, num_items_in_batch=None):
-        """One micro-batch. At the end of an optimizer step the running statistics take the step in."""
-        before, start = sum(self._seconds.values()), time.perf_counter()
-        loss = super().training_step(model, inputs, num_items_in_batch)
-        other = sum(self._seconds.values()) - before
-        self._seconds["backward"] += time.perf_counter() - start - other
-        if self.accelerator.sync_gradients:
-            count, total, squares = self._step_entropies.tolist()
-            if count and total - total == 0:
-                self.run_state.update_entropy(total / count, squares / count, self.args.entropy_ema_decay)
-            self._step_entropies.zero_()
-        return loss
+    def _forms_credit_in_the_loss(self) -> bool:
+        """On-policy, with whole groups in each micro-batch: the forward that is differentiated gives all it takes."""
+        on_policy = self.num_iterations == 1 and self.args.steps_per_generation <= self.args.gradient_accumulation_steps
+        return on_policy and self.args.per_device_train_batch_size % self.num_generations == 0
 
     # --- scoring and advantages
 
-    def _score(self, model, batch: MicroBatch) -> Scored:
-        """Advantages of a micro-batch; ``logps`` carries gradient where the caller has it enabled."""
-        policy = self.accelerator.unwrap_model(model)
-        rollouts, mask = batch.rollouts, batch.rollouts.mask
-        with self._timed("score"):
-            with self._deterministic(policy):
-                scores = self._scores(policy, rollouts)
-            with torch.no_grad():
-                ref_logps = spread(self._reference_logps(policy, rollouts), mask)
-        logps, entropies = spread(scores.logps, mask), spread(scores.entropies, mask)
-        signals = self._advantages(entropies, logps.detach(), ref_logps, mask, batch.rewards)
-        advantages = signals.advantages
-        if self.args.algorithm == "grpo":
-            advantages = signals.group_advantages[:, None] * mask
-        # A token without advantage keeps its KL term and its place in the denominators, as in TRL.
-        advantages = advantages * top_entropy_mask(entropies.detach(), mask, self.args.top_entropy_quantile)
-        if self.args.advantage_clip is not None:
-            advantages = advantages.clamp(-self.args.advantage_clip, self.args.advantage_clip)
-        return Scored(logps, ref_logps, entropies, spread(scores.leverage_norms, mask), signals, advantages)
+    def _score(self, policy, batch: MicroBatch) -> TokenScores:
+        """Policy and reference on the active tokens; ``logps`` carries gradient where the caller has it enabled."""
+        reference = None
+        with self._deterministic(policy):
+            if self._needs_reference:
+                with self._timed("reference"), self._reference.of(policy) as model, self._autocast_scoring():
+                    reference = reference_states(model, policy, batch.rollouts)
+            with self._timed("forward"):
+                scores = self._scores(policy, batch.rollouts, reference)
+            if self._noise_is_due():
+                with self._timed("noise"), torch.no_grad():
+                    self._measure_noise(policy, batch.rollouts, scores.logps.detach())
+        return scores
 
-    def _scores(self, policy, rollouts: Rollouts):
-        shared = not self.args.gradient_checkpointing
-        with self._autocast(self.args.bf16 and not self._scores_in_float32):
-            return score_rollouts(policy, rollouts, temperature=self.temperature, share_prompt=shared)
+    def _scores(self, policy, rollouts: Rollouts, reference=None) -> TokenScores:
+        with self._autocast_scoring():
+            return score_rollouts(policy, rollouts, temperature=self.temperature, reference=reference)
 
-    def _reference_logps(self, policy, rollouts: Rollouts) -> Tensor:
-        with self._reference(policy) as reference:
-            return self._scores(reference, rollouts).logps
+    @property
+    def _needs_reference(self) -> bool:
+        return self.args.algorithm == "erpo" or self.beta > 0
 
-    def _advantages(self, entropies, logps, ref_logps, mask, rewards) -> ERPOSignals:
+    def _score_before_the_loss(self, batches: list[MicroBatch]) -> None:
+        """``old`` of each: groups may lie across micro-batches and ranks."""
+        found = [_spread(self._score(self._policy, batch), batch.rollouts.mask) for batch in batches]
+        masks = [batch.rollouts.mask for batch in batches]
+        width = max(mask.shape[1] for mask in masks)
+        columns = [_stack([columns[name] for columns in found], width) for name in ("entropies", "logps", "ref_logps")]
+        mask, rewards = _stack(masks, width), torch.cat([batch.rewards for batch in batches])
+        outcomes = torch.cat([batch.outcomes for batch in batches])
+        if len(mask) % self.num_generations:
+            *columns, whole, rewards, outcomes = (
+                ranks.gather_rows(self.accelerator, values) for values in (*columns, mask, rewards, outcomes)
+            )
+            signals = ranks.local_signals(self.accelerator, self._signals(*columns, whole, rewards, outcomes), mask)
+        else:
+            signals = self._signals(*columns, mask, rewards, outcomes)
+        for batch, scores in zip(batches, found, strict=True):
+            rows = slice(batch.first_row, batch.first_row + len(batch.rewards))
+            own = replace(signals, **{name: _cut(v[rows], batch.rollouts.mask) for name, v in vars(signals).items()})
+            advantages = self._final(own, batch.rollouts.mask, scores["entropies"])
+            batch.old = Scored(**scores, signals=own, advantages=advantages)
+
+    def _signals(self, entropies, logps, ref_logps, mask, rewards, outcomes) -> ERPOSignals:
+        """Eqs. 3 and 7-10 for whole groups, and what is counted of them."""
         args, state = self.args, self.run_state
-        self._step_entropies += _sums(entropies[mask])
         # Scores that are not finite make the loss, and so the step, void; here they must only not raise.
-        return erpo_advantages(
+        signals = erpo_advantages(
             entropies.nan_to_num(0.0),
             logps.nan_to_num(0.0),
             ref_logps.nan_to_num(0.0),
@@ -256,6 +294,25 @@ class ERPOTrainer(GRPOTrainer):
             anchor=args.anchor,
             norm=args.norm,
         )
+        measures.count_groups(self._totals, rewards, outcomes, signals, mask, self.num_generations)
+        live = measures.live_groups(signals.advantages, self.num_generations)
+        if args.algorithm == "erpo":
+            measures.count_invariants(self._totals, "", signals.advantages, live, mask, self.num_generations)
+        wide = entropies[mask & live.repeat_interleave(self.num_generations)[:, None]].detach().double()
+        for index, value in enumerate((len(wide), wide.sum().item(), wide.square().sum().item())):
+            self._entropy_sums[index] += value
+        return signals
+
+    def _final(self, signals: ERPOSignals, mask: Tensor, entropies: Tensor) -> Tensor:
+        """(B, T) advantages as the loss takes them."""
+        advantages = signals.advantages
+        if self.args.algorithm == "grpo":
+            advantages = signals.group_advantages[:, None] * mask
+        # A token without advantage keeps its KL term and its place in the denominators, as in TRL.
+        advantages = advantages * top_entropy_mask(entropies.detach(), mask, self.args.top_entropy_quantile)
+        if self.args.advantage_clip is not None:
+            advantages = advantages.clamp(-self.args.advantage_clip, self.args.advantage_clip)
+        return advantages
 
     # --- noise of the progress signal
 
@@ -265,97 +322,103 @@ class ERPOTrainer(GRPOTrainer):
         wanted = self.args.progress_noise_floor
         return max(2 * self.run_state.noise, 1e-6) if wanted == "auto" else float(wanted)
 
-    def _measures_noise(self) -> bool:
+    def _noise_is_due(self) -> bool:
         wanted = self.args.algorithm == "erpo" and self.args.progress_noise_floor == "auto"
-        return wanted and self.state.global_step % self.args.noise_floor_every == 0
+        step = self.state.global_step
+        return wanted and step % self.args.noise_floor_every == 0 and step != self._noise_step
 
-    @torch.no_grad()
-    def _measure_noise(self, group: Rollouts) -> None:
-        """The same tokens at another batch size, half of the group at a time: what differs is rounding."""
-        if not group.mask.any():
-            return
-        size = self.num_generations
-        step = max(1, size // 2)
-        policy = self.accelerator.unwrap_model(self.model)
-        with self._timed("noise"), self._deterministic(policy):
-            whole = self._scores(policy, group).logps
-            parts = [
-                self._scores(policy, group.part(start, min(start + step, size))).logps for start in range(0, size, step)
-            ]
-        self.run_state.noise = self.args.progress_scale * (whole - torch.cat(parts)).std(correction=0).item()
+    def _measure_noise(self, policy, rollouts: Rollouts, logps: Tensor) -> None:
+        self._noise_step = self.state.global_step
+        group = rollouts.part(0, rollouts.num_generations)
+        count = int(group.mask.sum())
+        noise = measure_noise(lambda part: self._scores(policy, part).logps, group, logps[:count]) if count else 0.0
+        self.run_state.noise = self.args.progress_scale * ranks.mean_of(self.accelerator, noise)
 
     # --- loss
 
     def _compute_loss(self, model, inputs: MicroBatch) -> Tensor:
-        batch = inputs
+        batch, policy = inputs, self.accelerator.unwrap_model(model)
+        mask = batch.rollouts.mask
         if batch.old is None:
-            scored = self._score(model, batch)
-            logps, old_logps = scored.logps, scored.logps.detach()
+            columns = _spread(self._score(policy, batch), mask)
+            logps = columns["logps"]
+            columns["logps"] = logps.detach()
+            names = ("entropies", "logps", "ref_logps")
+            signals = self._signals(*(columns[name] for name in names), mask, batch.rewards, batch.outcomes)
+            advantages = self._final(signals, mask, columns["entropies"])
+            scored = Scored(**columns, signals=signals, advantages=advantages)
         else:
             scored = batch.old
-            policy = self.accelerator.unwrap_model(model)
-            with self._deterministic(policy):
-                logps = spread(self._scores(policy, batch.rollouts).logps, batch.rollouts.mask)
-            old_logps = scored.logps
-        args, mask = self.args, batch.rollouts.mask
-        weights = token_weights(
-            mask,
-            loss_type=args.loss_type,
-            num_generations=self.num_generations,
-            groups_in_step=batch.groups_in_step,
-            tokens_in_step=batch.tokens_in_step,
-        )
+            with self._deterministic(policy), self._timed("forward"):
+                logps = spread(self._scores(policy, batch.rollouts).logps, mask)
         terms = erpo_loss(
             logps,
-            old_logps,
+            scored.logps,
             scored.ref_logps if self.beta else None,
             scored.advantages,
-            weights,
-            epsilon=args.epsilon,
-            epsilon_high=args.epsilon if args.epsilon_high is None else args.epsilon_high,
+            batch.weights[:, None] * mask,
+            epsilon=self.args.epsilon,
+            epsilon_high=self.args.epsilon if self.args.epsilon_high is None else self.args.epsilon_high,
             beta=self.beta,
         )
         batch.last_scored = scored
         self._record(batch, scored, terms)
+        if self.args.gradient_checkpointing and supports_packing(body_of(policy)):
+            self._until_backward.enter_context(packed_attention(policy.config))
         return terms.loss
 
-    # --- records and checkpoints
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        """One micro-batch. At the end of an optimizer step the ranks' gradients and statistics come together."""
+        before, start = sum(self._seconds.values()), time.perf_counter()
+        with ExitStack() as self._until_backward:
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        if self.accelerator.sync_gradients:
+            ranks.sum_gradients(self.accelerator, self._policy)
+            count, total, squares = ranks.total_of(self.accelerator, self._entropy_sums)
+            if count and total - total == 0:
+                self.run_state.update_entropy(total / count, squares / count, self.args.entropy_ema_decay)
+            self._entropy_sums = [0.0, 0.0, 0.0]
+        other = sum(self._seconds.values()) - before
+        self._seconds["backward"] += time.perf_counter() - start - other
+        # The logs show the ranks' mean of what is this rank's share of a sum.
+        return loss * self.accelerator.num_processes
+
+    # --- records
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """TRL's, with the seconds of each phase summed over the micro-batches since the last call."""
-        for phase, seconds in self._seconds.items():
-            self._metrics["train"][f"time/{phase}"] = [seconds]
-        self._metrics["train"]["erpo/skipped_steps"] = [self.run_state.skipped_steps]
-        self._seconds.clear()
+        """TRL's, with what the steps since the last call have counted on all ranks."""
+        if self._totals:
+            with self._timed("log"):
+                found = measures.step_metrics(ranks.gather_totals(self.accelerator, self._totals), self.noise_floor)
+            if not self._needs_reference:
+                found = {name: v for name, v in found.items() if name not in measures.OF_REFERENCE}
+            found["erpo/progress_noise"] = self.run_state.noise
+            found["erpo/skipped_steps"] = self.run_state.skipped_steps
+            found |= {f"time/{phase}": seconds for phase, seconds in self._seconds.items()}
+            for name, value in found.items():
+                self._metrics["train"][name] = [value]
+            self._totals = Totals()
+            self._seconds.clear()
         super().log(logs, start_time)
 
-    def _save_checkpoint(self, model, trial) -> None:
-        super()._save_checkpoint(model, trial)
-        self.run_state.save(Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}")
+    def _record(self, batch: MicroBatch, scored: Scored, terms: LossTerms) -> None:
+        measures.count_batch(self._totals, batch, scored, terms)
+        whole = len(batch.rewards) % self.num_generations == 0
+        if whole and self.args.algorithm == "erpo":
+            applied = scored.advantages.masked_fill(terms.clipped_low | terms.clipped_high, 0.0)
+            live = measures.live_groups(scored.signals.advantages, self.num_generations)
+            measures.count_invariants(
+                self._totals, "_applied", applied, live, batch.rollouts.mask, self.num_generations
+            )
+        room = self.args.trace_groups - batch.first_row // self.num_generations
+        if whole and room > 0 and self._traces_this_step():
+            self.traces.append(TraceGroup(batch, scored, self.noise_floor, self.state.global_step + 1, room))
 
-    def _load_optimizer_and_scheduler(self, checkpoint) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None:
-            self.run_state = RunState.load(Path(checkpoint))
+    def _traces_this_step(self) -> bool:
+        step, every = self.state.global_step + 1, self.args.trace_every
+        return self.keeps_rollouts and bool(every) and (step in (1, self.state.max_steps) or step % every == 0)
 
-    def _record(self, batch: MicroBatch, scored: Scored, terms) -> None:
-        mask = batch.rollouts.mask
-        for name, value in signal_metrics(batch, scored, terms, self.num_generations, self.noise_floor).items():
-            self._metrics["train"][name].append(value)
-        self._metrics["train"]["erpo/progress_noise"].append(self.run_state.noise)
-        self._metrics["train"]["num_active_tokens"] = [mask.sum().item()]
-        step = self.state.global_step + 1
-        last = step == self.state.max_steps
-        if self.keeps_rollouts and self.args.trace_every and (step == 1 or last or step % self.args.trace_every == 0):
-            self.traces.append(TraceGroup(batch, scored, self.noise_floor, step))
-
-    def _log_rewards(self, per_function: Tensor, rewards: Tensor) -> None:
-        metrics = self._metrics["train"]
-        for index, name in enumerate(self.reward_func_names):
-            metrics[f"rewards/{name}"].append(per_function[:, index].nanmean().item())
-        metrics["reward"].append(rewards.nanmean().item())
-        grouped = rewards.view(-1, self.num_generations)
-        metrics["reward_std"].append(grouped.std(1).nanmean().item())
+    # --- the model
 
     @contextmanager
     def _timed(self, phase: str):
@@ -363,10 +426,11 @@ class ERPOTrainer(GRPOTrainer):
         yield
         self._seconds[phase] += time.perf_counter() - start
 
-    # --- the model
-
     def _autocast(self, wanted: bool):
         return self.accelerator.autocast() if wanted else nullcontext()
+
+    def _autocast_scoring(self):
+        return self._autocast(self.args.bf16 and not self._scores_in_float32)
 
     @contextmanager
     def _deterministic(self, model):
@@ -381,7 +445,7 @@ class ERPOTrainer(GRPOTrainer):
         """float32 on the CPU and up to half a billion parameters, where it costs little; erpo-spec section 4."""
         if self.args.scoring_dtype != "auto":
             return self.args.scoring_dtype
-        small = self.accelerator.unwrap_model(self.model).num_parameters() <= SMALL_MODEL
+        small = self._policy.num_parameters() <= SMALL_MODEL
         return "float32" if small or self.accelerator.device.type == "cpu" else "bfloat16"
 
     def _check_layout(self) -> None:
@@ -391,15 +455,48 @@ class ERPOTrainer(GRPOTrainer):
                 f"steps_per_generation: {self.args.steps_per_generation} must be a multiple of "
                 f"gradient_accumulation_steps ({window}), so that a generation holds whole optimizer steps"
             )
-        if self.accelerator.num_processes > 1:
-            # The body is called below DDP's wrapper, so the ranks would train apart without a word.
-            raise ValueError("num_processes: ERPOTrainer runs in one process; start one per model")
+        kind = self.accelerator.distributed_type
+        if kind not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
+            raise ValueError(
+                f"distributed_type: {kind.value} shards the weights, which ERPOTrainer does not support; use DDP"
+            )
 
 
-def _sums(values: Tensor) -> Tensor:
-    """Count, sum and sum of squares, on the CPU."""
-    wide = values.detach().double()
-    return torch.stack([torch.tensor(float(len(wide))), wide.sum().cpu(), wide.square().sum().cpu()])
+def _spread(scores: TokenScores, mask: Tensor) -> dict[str, Tensor]:
+    """The columns of :class:`Scored`, (B, T). Without a reference the policy stands for it."""
+    apart = scores.logps.detach()
+    columns = {
+        "logps": scores.logps,
+        "ref_logps": apart if scores.ref_logps is None else scores.ref_logps,
+        "entropies": scores.entropies,
+        "leverage_norms": scores.leverage_norms,
+        "kls": torch.zeros_like(apart) if scores.kls is None else scores.kls,
+    }
+    return {name: spread(values, mask) for name, values in columns.items()}
+
+
+def _stack(rows: list[Tensor], width: int) -> Tensor:
+    return torch.cat([pad(values, (0, width - values.shape[1])) for values in rows])
+
+
+def _cut(values: Tensor, like: Tensor) -> Tensor:
+    return values[:, : like.shape[1]] if values.ndim > 1 else values
+
+
+def _runs_of_equals(prompt_ids: list, num_generations: int) -> int:
+    """How many adjacent rows share a prompt: G, or what of a group lies on this rank or in this micro-batch."""
+    count = len(prompt_ids)
+    return num_generations if count % num_generations == 0 else _divisor(prompt_ids, num_generations)
+
+
+def _divisor(prompt_ids: list, num_generations: int) -> int:
+    """The largest run length that cuts the rows into runs of one prompt each."""
+    return next(
+        size
+        for size in range(min(len(prompt_ids), num_generations), 0, -1)
+        if len(prompt_ids) % size == 0
+        and all(prompt_ids[place] == prompt_ids[place - place % size] for place in range(len(prompt_ids)))
+    )
 
 
 def _text(completion: str | list[dict[str, str]]) -> str:

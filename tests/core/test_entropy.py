@@ -61,7 +61,7 @@ def analyse(job_inputs, **body) -> tuple[list[Trace], dict]:
     sink = Memory()
     spec = EntropySpec.model_validate({"model": job_inputs.model.base, **body})
     run_entropy(spec, job_inputs, sink, RUNNING)
-    return sink.of(Trace), sink.of(Result)[0].summary
+    return sink.of(Trace), sink.of(Result)[0].data
 
 
 def by_hand(path, spec: EntropySpec, text, temperature: float) -> tuple[np.ndarray, np.ndarray, list[int]]:
@@ -89,7 +89,7 @@ def test_entropy_and_log_probability_equal_a_float64_recomputation(tiny, tempera
         entropies, logps, answer = by_hand(tiny, spec, text, temperature)
         assert columns["token_ids"].tolist() == answer
         np.testing.assert_allclose(columns["entropy"], entropies, atol=1e-4)
-        np.testing.assert_allclose(columns["logp"], logps, atol=1e-4)
+        np.testing.assert_allclose(columns["logp"], logps, rtol=5e-4)  # stored as float16
 
 
 def test_the_tokens_of_a_page_are_the_text(tiny):
@@ -160,7 +160,7 @@ def test_progress_of_an_adapter_is_its_distance_to_the_base(tiny, tmp_path):
                 weight.normal_(generator=torch.Generator().manual_seed(1))
     adapted.save_pretrained(tmp_path / "adapter")
     base, _ = analyse(inputs(tiny), texts=TEXTS)
-    adapter, _ = analyse(inputs(tiny, adapter=str(tmp_path / "adapter")), texts=TEXTS)
+    adapter, _ = analyse(inputs(tiny, adapter=tmp_path / "adapter"), texts=TEXTS)
     for plain, trained in zip(base, adapter, strict=True):
         before, after = decode_trace(plain.payload), decode_trace(trained.payload)
         assert "progress" not in before

@@ -5,7 +5,6 @@ import math
 import pytest
 import torch
 
-from erpo_core import logits
 from erpo_core.logits import score_tokens, top_alternatives
 
 
@@ -72,13 +71,46 @@ def test_impossible_tokens_contribute_nothing():
     torch.testing.assert_close(scores.logps, expected.logps)
 
 
-def test_the_size_of_a_block_changes_nothing(monkeypatch):
+def test_the_size_of_a_block_changes_nothing():
     hidden, weight, targets = case()
     whole = score_tokens(hidden, weight, targets)
-    monkeypatch.setattr(logits, "_BLOCK_ELEMENTS", 5 * len(weight))
-    parts = score_tokens(hidden, weight, targets)
+    parts = score_tokens(hidden, weight, targets, block_elements=5 * len(weight))
     torch.testing.assert_close(whole.entropies, parts.entropies)
     torch.testing.assert_close(whole.logps, parts.logps)
+
+
+@pytest.mark.parametrize("own_head", [False, True])
+def test_the_reference_is_scored_in_the_same_pass(own_head):
+    hidden, weight, targets = case()
+    ref_hidden, ref_weight, _ = case(seed=1)
+    ref_weight = ref_weight if own_head else weight
+    scores = score_tokens(
+        hidden,
+        weight,
+        targets,
+        temperature=0.7,
+        ref_hidden=ref_hidden,
+        ref_weight=ref_weight if own_head else None,
+        details=False,
+        block_elements=4 * len(weight),
+    )
+    policy, ref = (
+        (h.double() @ w.double().T / 0.7).log_softmax(1) for h, w in ((hidden, weight), (ref_hidden, ref_weight))
+    )
+    expected = (policy.exp() * (policy - ref)).sum(1)
+    chosen = ref.gather(1, targets[:, None]).squeeze(1)
+    torch.testing.assert_close(scores.ref_logps.double(), chosen, atol=2e-4, rtol=1e-5)
+    torch.testing.assert_close(scores.kls.double(), expected, atol=1e-3, rtol=1e-5)
+    assert scores.ranks is None
+    alone = score_tokens(hidden, weight, targets, temperature=0.7)
+    torch.testing.assert_close(scores.logps, alone.logps)
+
+
+def test_equal_models_have_no_divergence_and_no_progress():
+    hidden, weight, targets = case()
+    scores = score_tokens(hidden, weight, targets, ref_hidden=hidden)
+    assert torch.equal(scores.logps, scores.ref_logps)
+    assert scores.kls.abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])

@@ -78,7 +78,9 @@ def test_training_is_the_same_to_the_last_bit_with_and_without(tiny, tmp_path, m
 def test_a_resumed_run_is_not_checked_again(tiny, tmp_path):
     part = train(tiny, tmp_path / "part", stop_after=2, preflight=True)
     assert "preflight.passed" in events(part)
-    rest = train(tiny, tmp_path / "rest", preflight=True, resume_from=tmp_path / "part" / "checkpoints" / "step-2")
+    rest = train(
+        tiny, tmp_path / "rest", preflight=True, resume_from=tmp_path / "part" / "checkpoints" / "checkpoint-2"
+    )
     assert "preflight.passed" not in events(rest)
 
 

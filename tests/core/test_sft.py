@@ -6,6 +6,7 @@ import pytest
 from test_trainer import Records
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from erpo_core.checkpoints import is_whole, list_steps
 from erpo_core.data.formats import Problem
 from erpo_core.errors import DatasetError
 from erpo_core.job import JobInputs, ModelInput
@@ -14,7 +15,6 @@ from erpo_core.prompts import end_token_id, prompt_ids
 from erpo_core.specs import parse_spec
 from erpo_core.specs.common import PromptSpec
 from erpo_core.specs.train import BaseTrainSpec, SftTrainSpec
-from erpo_core.trainer.callbacks import verify_checkpoint
 from erpo_core.trainer.data import boxed_solution, make_solution_dataset
 from erpo_core.trainer.sft import PASSED_THROUGH, make_sft_config, run_sft
 from tiny_model import make_tiny_model, make_tiny_tokenizer
@@ -122,8 +122,8 @@ def test_the_loss_falls_and_the_checkpoint_is_what_was_learnt(tiny, data_root, t
     assert [name for name in metrics[0] if describe(name) is None] == []
     (dropped,) = [event for event in records.by_kind["event"] if event.type == "dataset.dropped"]
     assert dropped.data == {"dropped": 1, "total": 9}
-    folder = tmp_path / "checkpoints" / "step-20"
-    assert verify_checkpoint(folder)
+    folder = tmp_path / "checkpoints" / "checkpoint-20"
+    assert is_whole(folder)
     if lora:
         model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny), folder)
     else:
@@ -138,7 +138,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_never_stopped(tiny, data_root, tmp_p
     whole = train(tiny, data_root, tmp_path / "whole")
     part = train(tiny, data_root, tmp_path / "part", stop_after=3)
     assert part.by_kind["result"][0].data["stopped"]
-    rest = train(tiny, data_root, tmp_path / "rest", resume_from=tmp_path / "part" / "checkpoints" / "step-3")
+    rest = train(tiny, data_root, tmp_path / "rest", resume_from=tmp_path / "part" / "checkpoints" / "checkpoint-3")
     again = [*part.by_kind["metrics"], *rest.by_kind["metrics"]]
     kept = ("loss", "entropy", "mean_token_accuracy", "grad_norm", "learning_rate", "num_tokens")
     assert [record.step for record in again] == [1, 2, 3, 4, 5, 6]
@@ -148,4 +148,4 @@ def test_a_stopped_run_goes_on_as_if_it_had_never_stopped(tiny, data_root, tmp_p
 
 def test_only_the_last_checkpoints_are_kept(tiny, data_root, tmp_path):
     train(tiny, data_root, tmp_path, save_steps=1, save_total_limit=2)
-    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-5", "step-6"]
+    assert list_steps(tmp_path / "checkpoints") == [5, 6]

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from test_trainer import train
 from trl import GRPOTrainer
 
-from erpo_core.loss import erpo_loss, token_weights, top_entropy_mask
+from erpo_core.loss import erpo_loss, response_weights, top_entropy_mask
 from tiny_model import make_tiny_model
 
 
@@ -48,9 +48,8 @@ def test_without_advantage_a_token_keeps_its_kl_and_its_place_in_the_denominator
     old, ref = logps - 0.3 * torch.randn(4, 4), logps - 0.3 * torch.randn(4, 4)
     answers = torch.tensor([1.0, -1.0, 0.5, -0.5])
     top = top_entropy_mask(entropies, mask, 0.4)
-    weights = token_weights(
-        mask, loss_type=loss_type, num_generations=2, groups_in_step=2, tokens_in_step=int(mask.sum())
-    )
+    layout = {"num_generations": 2, "micro_batch": 4, "accumulation": 1}
+    weights = response_weights(mask.sum(1)[None], 0, loss_type=loss_type, **layout)[:, None] * mask
     advantages = answers[:, None] * mask * top
     ours = erpo_loss(logps, old, ref, advantages, weights, epsilon=0.2, epsilon_high=0.2, beta=0.1).loss
     ratio = (logps - old).exp()

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 
+from erpo_core.checkpoints import is_whole
 from erpo_core.codec import decode_trace
 from erpo_core.job import JobInputs, ModelInput
-from erpo_core.loss import erpo_loss, token_weights
+from erpo_core.loss import erpo_loss, response_weights
 from erpo_core.specs import parse_spec
 from erpo_core.specs.train import ErpoTrainSpec, GrpoTrainSpec
-from erpo_core.trainer.callbacks import verify_checkpoint
 from erpo_core.trainer.config import ERPOConfig
 from erpo_core.trainer.run import ERPO_ONLY, PASSED_THROUGH, make_config, run_training
 from erpo_core.trainer.scoring import pad_rollouts, score_rollouts
@@ -61,7 +61,7 @@ def rollouts(common: int = 0):
 
 def gradient(model, batch, share_prompt: bool) -> tuple[torch.Tensor, torch.Tensor]:
     model.zero_grad()
-    scores = score_rollouts(model, batch, temperature=0.8, share_prompt=share_prompt)
+    scores = score_rollouts(model, batch, temperature=0.8, packed=share_prompt)
     (scores.logps * torch.linspace(-1, 1, len(scores.logps))).sum().backward()
     grads = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
     return scores.logps.detach(), torch.cat(grads)
@@ -70,7 +70,7 @@ def gradient(model, batch, share_prompt: bool) -> tuple[torch.Tensor, torch.Tens
 @pytest.mark.parametrize("common", [0, 20])
 def test_a_prompt_computed_once_gives_the_scores_and_the_gradient_of_the_plain_path(policy, common):
     batch = rollouts(common)
-    assert batch.prompts.shared == common
+    assert len(batch.row.buckets) == (8 if common else 7)
     shared, shared_gradient = gradient(policy, batch, True)
     plain, plain_gradient = gradient(policy, batch, False)
     torch.testing.assert_close(shared, plain, atol=1e-5, rtol=1e-5)
@@ -85,21 +85,39 @@ def test_scores_are_those_of_the_models_own_logits(policy, common):
     expected = []
     for row, mask in enumerate(batch.mask):
         group = row // batch.num_generations
-        prompt = batch.prompts.ids[group][batch.prompts.mask[group].bool()]
+        prompt = torch.tensor(batch.prompts[group])
         ids = torch.cat([prompt, batch.completion_ids[row][mask]])
         logp = policy(ids[None]).logits[0].log_softmax(1)
         expected.append(logp[len(prompt) - 1 : -1].gather(1, ids[len(prompt) :, None]).squeeze(1))
     torch.testing.assert_close(scores.logps, torch.cat(expected), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("loss_type", ["erpo", "dapo", "grpo"])
-def test_token_weights_sum_to_one_over_a_step_however_it_is_split(loss_type):
-    mask = rollouts().mask
-    sizes = {"num_generations": 3, "groups_in_step": 2, "tokens_in_step": int(mask.sum())}
-    whole = token_weights(mask, loss_type=loss_type, **sizes)
-    parts = torch.cat([token_weights(part, loss_type=loss_type, **sizes) for part in mask.split(3)])
-    assert whole.sum().item() == pytest.approx(1)
-    torch.testing.assert_close(whole, parts)
+@pytest.mark.parametrize("loss_type", ["erpo", "dapo", "grpo", "bnpo"])
+@pytest.mark.parametrize(
+    ("num_ranks", "micro_batch", "accumulation"), [(1, 12, 1), (1, 6, 2), (1, 4, 3), (2, 3, 2), (4, 1, 3)]
+)
+def test_the_tokens_of_a_step_weigh_one_together_whatever_the_layout(loss_type, num_ranks, micro_batch, accumulation):
+    lengths = torch.tensor([4, 1, 7, 3, 6, 2, 0, 9, 5, 5, 1, 8])
+    layout = {"num_generations": 6, "micro_batch": micro_batch, "accumulation": accumulation, "loss_type": loss_type}
+    by_rank = lengths.view(num_ranks, -1)
+    found = torch.cat([response_weights(by_rank, rank, **layout) for rank in range(num_ranks)])
+    total = (found * lengths).sum().item()
+    counted = (lengths > 0).float().mean().item()
+    if loss_type == "grpo":  # an answer that nobody judged leaves its share behind
+        assert total == pytest.approx(counted)
+    elif loss_type != "bnpo" or 0 not in by_rank.view(-1, micro_batch).sum(1):
+        assert total == pytest.approx(1)
+    if loss_type != "bnpo":
+        whole = response_weights(lengths[None], 0, **(layout | {"micro_batch": 12, "accumulation": 1}))
+        torch.testing.assert_close(found, whole)
+
+
+def test_the_loss_weights_of_several_steps_of_one_generation_are_each_steps_own():
+    lengths = torch.tensor([[2, 4, 6, 8]])
+    layout = {"num_generations": 2, "micro_batch": 2, "accumulation": 1}
+    erpo = response_weights(lengths, 0, loss_type="erpo", **layout)
+    dapo = response_weights(lengths, 0, loss_type="dapo", **layout)
+    assert erpo.tolist() == dapo.tolist() == pytest.approx([1 / 6, 1 / 6, 1 / 14, 1 / 14])
 
 
 def test_the_loss_is_eq_5_by_hand():
@@ -108,7 +126,8 @@ def test_the_loss_is_eq_5_by_hand():
     old = torch.tensor([[-1.0, -2.5, -0.3], [-1.0, 0.0, 0.0]])
     ref = logps - 0.2
     advantages = torch.tensor([[1.0, 2.0, -1.0], [-0.5, 9.0, 9.0]])
-    weights = token_weights(mask, loss_type="erpo", num_generations=2, groups_in_step=1, tokens_in_step=4)
+    layout = {"loss_type": "erpo", "num_generations": 2, "micro_batch": 2, "accumulation": 1}
+    weights = response_weights(mask.sum(1)[None], 0, **layout)[:, None] * mask
     terms = erpo_loss(logps, old, ref, advantages, weights, epsilon=0.2, epsilon_high=0.2, beta=0.1)
     expected = 0.0
     for i, t in mask.nonzero().tolist():
@@ -117,7 +136,8 @@ def test_the_loss_is_eq_5_by_hand():
         gap = -0.2
         expected += 0.1 * (np.exp(gap) - gap - 1) - min(ratio * a, min(max(ratio, 0.8), 1.2) * a)
     assert terms.loss.item() == pytest.approx(expected / 4, rel=1e-5)
-    assert terms.clipped.tolist() == [[False, True, False], [True, False, False]]
+    assert terms.clipped_high.tolist() == [[False, True, False], [False, False, False]]
+    assert terms.clipped_low.tolist() == [[False, False, False], [True, False, False]]
 
 
 def test_each_field_of_the_spec_reaches_the_trainer_under_its_name(tmp_path):
@@ -149,7 +169,6 @@ def test_each_field_of_the_spec_reaches_the_trainer_under_its_name(tmp_path):
         ("top_entropy_quantile", 0.0),
         ("loss_type", "sapo"),
         ("algorithm", "ppo"),
-        ("per_device_train_batch_size", 12),
     ],
 )
 def test_what_would_undo_erpo_is_refused_by_name(tmp_path, option, value):
@@ -219,7 +238,7 @@ def test_a_run_reports_metrics_completions_traces_and_checkpoints(tiny, tmp_path
     verdicts = {f"verdict/{name}" for name in ("right", "wrong", "unparsable", "timeout", "crashed")}
     assert sum(metrics[0].values[name] for name in verdicts) == pytest.approx(1)
     for checkpoint in records.by_kind["checkpoint"]:
-        assert verify_checkpoint(tmp_path / "checkpoints" / f"step-{checkpoint.step}")
+        assert is_whole(tmp_path / "checkpoints" / f"checkpoint-{checkpoint.step}")
     live = [trace for trace in records.by_kind["trace"] if trace.meta["advantage"]]
     assert live
     for trace in live:
@@ -242,7 +261,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_never_stopped(tiny, tmp_path):
     whole = train(tiny, tmp_path / "whole")
     stopped = train(tiny, tmp_path / "part", stop_after=2)
     assert [c.step for c in stopped.by_kind["checkpoint"]][-1] == 2
-    resumed = train(tiny, tmp_path / "rest", resume_from=tmp_path / "part" / "checkpoints" / "step-2")
+    resumed = train(tiny, tmp_path / "rest", resume_from=tmp_path / "part" / "checkpoints" / "checkpoint-2")
     kept = [r.values for r in whole.by_kind["metrics"]]
     again = [r.values for r in (*stopped.by_kind["metrics"], *resumed.by_kind["metrics"])]
     assert len(kept) == len(again) == 4
@@ -256,16 +275,16 @@ def test_a_checkpoint_loads_with_plain_peft(tiny, tmp_path):
     from transformers import AutoModelForCausalLM
 
     train(tiny, tmp_path, max_steps=2)
-    folder = tmp_path / "checkpoints" / "step-2"
+    folder = tmp_path / "checkpoints" / "checkpoint-2"
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny), folder)
     assert any(p.abs().sum() > 0 for name, p in model.named_parameters() if "lora_B" in name)
 
 
 def test_a_damaged_checkpoint_is_refused(tiny, tmp_path):
     train(tiny, tmp_path, max_steps=2)
-    folder = tmp_path / "checkpoints" / "step-2"
+    folder = tmp_path / "checkpoints" / "checkpoint-2"
     weights = folder / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
-    assert not verify_checkpoint(folder)
+    assert not is_whole(folder)
     manifest = json.loads((folder / "manifest.json").read_text())
     assert manifest["step"] == 2

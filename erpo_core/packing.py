@@ -1,0 +1,200 @@
+"""Groups of answers as one row of tokens: no padding, and no token twice.
+
+What all prompts begin with, each prompt, and each answer are segments of a tree. A segment attends to itself causally
+and to all tokens of the segments above. Everything but attention is a function of one token, so the model's
+layers see exactly L = distinct tokens; attention runs on buckets of segments of like length that hang from one parent.
+"""
+
+# L = packed tokens, S = segments of a bucket, T = their padded length, P = tokens above them
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface
+
+from erpo_core.prefill import shared_prefix
+
+ATTENTION = "erpo_packed"
+_LEAST_FILL = 0.75
+"""A bucket's shortest segment over its longest: below it, padding costs more than another kernel call."""
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Segments under one parent, padded to one length."""
+
+    columns: Tensor
+    """(S * T,) int64 places in the row; padding repeats a segment's last token and is never read back."""
+    size: int
+    """S."""
+    above: Tensor | None
+    """(P,) int64 places of the tokens above, None at the root."""
+    mask: Tensor | None
+    """(T, P + T) bool: all above, and causal among themselves. None at the root, where causal says it."""
+
+
+@dataclass(frozen=True)
+class PackedRow:
+    """The row and its tree."""
+
+    ids: Tensor
+    """(1, L) int64."""
+    positions: Tensor
+    """(1, L) int64, distance from the beginning of the prompt."""
+    buckets: tuple[Bucket, ...]
+    order: Tensor
+    """(L,) int64: where each token's attention output stands in that of all buckets."""
+    sources: Tensor
+    """(N,) int64: the token whose hidden state predicts each answer token, answer by answer."""
+
+
+def pack(prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], device: torch.device | str) -> PackedRow:
+    """Pack N prompts and their answers, ``len(answers) // N`` adjacent ones each. Empty answers take no place.
+
+    Raises:
+        ValueError: an empty prompt.
+    """
+    if not all(prompts):
+        raise ValueError("prompts: each must hold a token")
+    per_prompt = len(answers) // len(prompts)
+    shared = shared_prefix(prompts)
+    builder = _Builder()
+    root = builder.add(prompts[0][:shared], ()) if shared else ()
+    stems = builder.add_all([prompt[shared:] for prompt in prompts], root)
+    sources = []
+    for index, stem in enumerate(stems):
+        above = (*root, *stem)
+        # The last token of an answer predicts nothing.
+        own = [answer[:-1] for answer in answers[index * per_prompt : (index + 1) * per_prompt]]
+        places = builder.add_all(own, above)
+        for answer, columns in zip(answers[index * per_prompt : (index + 1) * per_prompt], places, strict=True):
+            sources += [above[-1], *columns][: len(answer)]
+    return builder.finish(sources, device)
+
+
+class _Builder:
+    def __init__(self) -> None:
+        self._ids: list[int] = []
+        self._positions: list[int] = []
+        self._buckets: list[tuple[list[range], tuple[int, ...]]] = []
+
+    def add(self, tokens: Sequence[int], above: tuple[int, ...]) -> tuple[int, ...]:
+        return self.add_all([tokens], above)[0]
+
+    def add_all(self, segments: Sequence[Sequence[int]], above: tuple[int, ...]) -> list[tuple[int, ...]]:
+        """Places of segments that hang from ``above``."""
+        places = []
+        for tokens in segments:
+            start = len(self._ids)
+            self._ids += tokens
+            self._positions += range(len(above), len(above) + len(tokens))
+            places.append(range(start, len(self._ids)))
+        for together in _of_like_length([columns for columns in places if columns]):
+            self._buckets.append((together, above))
+        return [tuple(columns) for columns in places]
+
+    def finish(self, sources: list[int], device) -> PackedRow:
+        order = torch.empty(len(self._ids), dtype=torch.long)
+        buckets, written = [], 0
+        for segments, above in self._buckets:
+            length = max(map(len, segments))
+            columns = torch.tensor([[*columns, *[columns[-1]] * (length - len(columns))] for columns in segments])
+            for row, own in enumerate(segments):
+                start = written + row * length
+                order[own.start : own.stop] = torch.arange(start, start + len(own))
+            written += columns.numel()
+            buckets.append(
+                Bucket(
+                    columns.flatten().to(device),
+                    len(segments),
+                    torch.tensor(above).to(device) if above else None,
+                    _mask(len(above), length).to(device) if above else None,
+                )
+            )
+        return PackedRow(
+            torch.tensor([self._ids]).to(device),
+            torch.tensor([self._positions]).to(device),
+            tuple(buckets),
+            order.to(device),
+            torch.tensor(sources, dtype=torch.long).to(device),
+        )
+
+
+def _of_like_length(segments: list[range]) -> list[list[range]]:
+    found: list[list[range]] = []
+    for columns in sorted(segments, key=len, reverse=True):
+        if found and len(columns) >= _LEAST_FILL * len(found[-1][0]):
+            found[-1].append(columns)
+        else:
+            found.append([columns])
+    return found
+
+
+def _mask(above: int, length: int) -> Tensor:
+    return torch.ones(length, above + length, dtype=torch.bool).tril(above)
+
+
+def supports_packing(body: Any) -> bool:
+    """Whether a model's body takes our attention: plain causal layers behind transformers' attention interface."""
+    config = body.config
+    plain = all(kind == "full_attention" for kind in getattr(config, "layer_types", None) or ())
+    sliding = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
+    return bool(getattr(body, "_supports_attention_backend", False)) and plain and not sliding
+
+
+def packed_hidden(body: Any, row: PackedRow) -> Tensor:
+    """(N, H) hidden states that predict the answers' tokens, answer by answer."""
+    with packed_attention(body.config):
+        output = body(input_ids=row.ids, position_ids=row.positions, use_cache=False, packed_row=row)
+    return output.last_hidden_state[0].index_select(0, row.sources)
+
+
+@contextmanager
+def packed_attention(config: Any) -> Iterator[None]:
+    """Attention by the packed row. A backward that computes layers again (gradient checkpointing) needs it as well."""
+    before = config._attn_implementation
+    config._attn_implementation = ATTENTION
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
+
+
+def _attend(module, query, key, value, attention_mask, *, packed_row: PackedRow, scaling=None, **_):
+    """transformers' attention interface: (1, heads, L, head size) in, (1, L, heads, head size) out."""
+    query_Lhd, key_Lhd, value_Lhd = (states[0].transpose(0, 1) for states in (query, key, value))
+    outputs = []
+    for bucket in packed_row.buckets:
+        found = scaled_dot_product_attention(
+            _padded(query_Lhd, bucket),
+            _with_above(key_Lhd, bucket),
+            _with_above(value_Lhd, bucket),
+            attn_mask=bucket.mask,
+            is_causal=bucket.mask is None,
+            scale=scaling,
+            enable_gqa=query.shape[1] != key.shape[1],
+        )
+        outputs.append(found.transpose(1, 2).flatten(0, 1))
+    return torch.cat(outputs).index_select(0, packed_row.order)[None], None
+
+
+def _padded(states_Lhd: Tensor, bucket: Bucket) -> Tensor:
+    """(S, heads, T, head size)."""
+    return states_Lhd.index_select(0, bucket.columns).unflatten(0, (bucket.size, -1)).transpose(1, 2)
+
+
+def _with_above(states_Lhd: Tensor, bucket: Bucket) -> Tensor:
+    """(S, heads, P + T, head size)."""
+    own = _padded(states_Lhd, bucket)
+    if bucket.above is None:
+        return own
+    above = states_Lhd.index_select(0, bucket.above).transpose(0, 1)
+    return torch.cat([above.expand(bucket.size, -1, -1, -1), own], 2)
+
+
+AttentionInterface.register(ATTENTION, _attend)

@@ -1,0 +1,76 @@
+"""What the processes of one run tell each other. With one process every function gives back what it was given."""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor
+
+from erpo_core.advantages import ERPOSignals
+from erpo_core.trainer.totals import Totals
+
+
+def gather_rows(accelerator: Accelerator, values: Tensor) -> Tensor:
+    """Rows (B,) or (B, T) of all ranks, rank by rank; T becomes the longest of all ranks, padded with 0."""
+    if accelerator.num_processes == 1:
+        return values
+    if values.ndim > 1:
+        values = accelerator.pad_across_processes(values, dim=1)
+    return accelerator.gather(values.contiguous())
+
+
+def local_rows(accelerator: Accelerator, values: Tensor, like: Tensor) -> Tensor:
+    """This rank's rows of gathered ones, as many and as wide as ``like``."""
+    start = accelerator.process_index * len(like)
+    rows = values[start : start + len(like)]
+    return rows[:, : like.shape[1]] if values.ndim > 1 else rows
+
+
+def local_signals(accelerator: Accelerator, signals: ERPOSignals, mask: Tensor) -> ERPOSignals:
+    """This rank's rows of every term."""
+    return replace(signals, **{name: local_rows(accelerator, v, mask) for name, v in vars(signals).items()})
+
+
+def sum_gradients(accelerator: Accelerator, model: torch.nn.Module) -> None:
+    """The gradients of all ranks, added up in place: the loss's weights are those of the whole step already.
+
+    The model is called below DDP's wrapper, which therefore reduces nothing by itself.
+    """
+    if accelerator.num_processes == 1:
+        return
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    for dtype in {parameter.grad.dtype for parameter in parameters}:
+        gradients = [parameter.grad for parameter in parameters if parameter.grad.dtype == dtype]
+        flat = torch.cat([gradient.flatten() for gradient in gradients])
+        dist.all_reduce(flat)
+        for gradient, total in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(total.view_as(gradient))
+
+
+def gather_totals(accelerator: Accelerator, totals: Totals) -> Totals:
+    """The numbers of all ranks as one."""
+    if accelerator.num_processes == 1:
+        return totals
+    whole = Totals()
+    for state in gather_object([totals.state()]):
+        whole.merge(state)
+    return whole
+
+
+def mean_of(accelerator: Accelerator, value: float) -> float:
+    """The ranks' mean."""
+    return total_of(accelerator, [value])[0] / accelerator.num_processes
+
+
+def total_of(accelerator: Accelerator, values: list[float]) -> list[float]:
+    """The ranks' sums, in float64."""
+    if accelerator.num_processes == 1:
+        return values
+    wide: Any = torch.tensor(values, dtype=torch.float64, device=accelerator.device)
+    return accelerator.reduce(wide, "sum").tolist()

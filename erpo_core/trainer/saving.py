@@ -1,0 +1,79 @@
+"""Checkpoints of a trainer: written under another name, whole before they have theirs, rotated, checked at resume."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+
+from erpo_core import checkpoints
+from erpo_core.errors import RunError
+from erpo_core.trainer.reference import Reference
+from erpo_core.trainer.state import RunState
+
+_STAGING = ".saving"
+
+
+class WholeCheckpoints:
+    """A mixin before transformers' Trainer, which writes in place and resumes from the highest number."""
+
+    args: Any
+    state: Any
+    accelerator: Accelerator
+    run_state: RunState
+    removed_checkpoints: list[int]
+    """Steps whose checkpoints made room for later ones; whoever reports them empties it."""
+    _reference: Reference
+    _policy: Any
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
+        """As transformers' Trainer; ``True`` resumes from the newest checkpoint that is whole, if there is one.
+
+        Raises:
+            RunError: ``checkpoint_damaged``, or ``base_weights_changed``.
+        """
+        folder = resume_from_checkpoint
+        if folder is True:
+            folder = checkpoints.newest_whole(Path(self.args.output_dir))
+        elif folder and not checkpoints.is_whole(Path(folder)):
+            raise RunError(f"the checkpoint {Path(folder).name} is damaged", code="checkpoint_damaged")
+        self.run_state.base_fingerprint = self._reference.fingerprint(self._policy)
+        return super().train(resume_from_checkpoint=str(folder) if folder else None, **kwargs)
+
+    def _get_output_dir(self, trial) -> str:
+        return str(Path(super()._get_output_dir(trial)) / _STAGING)
+
+    def _save_checkpoint(self, model, trial) -> None:
+        """Written beside the others under another name, then named: a kill in between leaves no half checkpoint."""
+        self._check_base()
+        staging, step = Path(self._get_output_dir(trial)), self.state.global_step
+        if self.is_world_process_zero():
+            shutil.rmtree(staging, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()
+        if not self.is_world_process_zero():
+            return
+        written = checkpoints.checkpoint_folder(staging, step)
+        reward = next((entry["reward"] for entry in reversed(self.state.log_history) if "reward" in entry), None)
+        self.run_state.checkpoint_rewards[str(step)] = float("-inf") if reward is None else reward
+        self.run_state.save(written)
+        checkpoints.publish(written, checkpoints.checkpoint_folder(staging.parent, step), step)
+        shutil.rmtree(staging, ignore_errors=True)
+        best = self.run_state.best_checkpoint(checkpoints.list_steps(staging.parent))
+        self.removed_checkpoints += checkpoints.rotate(staging.parent, self.args.save_total_limit, best)
+
+    def _load_optimizer_and_scheduler(self, checkpoint) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            self.run_state = RunState.load(Path(checkpoint))
+            self._check_base()
+
+    def _check_base(self) -> None:
+        """The reference's weights are those that training started from; anything else makes the signal another."""
+        found = self._reference.fingerprint(self._policy)
+        if self.run_state.base_fingerprint not in (None, found):
+            raise RunError(
+                f"step {self.state.global_step}: the frozen weights are not those that training started from",
+                code="base_weights_changed",
+            )

@@ -1,0 +1,77 @@
+"""Numbers of a step, summed before they are divided: over micro-batches, ranks and steps alike."""
+
+from collections import defaultdict
+from typing import Any
+
+import torch
+from torch import Tensor
+
+TOKEN_COLUMNS = ("entropy", "credit", "gate")
+"""Columns of the rows that are kept of every active token: H, |A^| and W."""
+
+
+class Totals:
+    """Numerators with denominators, largest values, and one row for each token, for what no sum can give."""
+
+    def __init__(self) -> None:
+        self._sums: defaultdict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
+        self._peaks: dict[str, float] = {}
+        self._tokens: list[Tensor] = []
+
+    def __bool__(self) -> bool:
+        return bool(self._sums)
+
+    def add(self, name: str, total: float, count: float) -> None:
+        """Counts towards the mean ``total / count``."""
+        pair = self._sums[name]
+        pair[0] += total
+        pair[1] += count
+
+    def add_values(self, name: str, values: Tensor) -> None:
+        """Counts each value towards the mean."""
+        self.add(name, values.double().sum().item(), values.numel())
+
+    def add_moments(self, name: str, values: Tensor) -> None:
+        """Counts each value towards the mean and the standard deviation; see :meth:`std`."""
+        self.add_values(name, values)
+        self.add_values(f"{name}^2", values.double().square())
+
+    def peak(self, name: str, value: float) -> None:
+        """Keeps the largest."""
+        self._peaks[name] = max(value, self._peaks.get(name, value))
+
+    def add_tokens(self, *columns: Tensor) -> None:
+        """One row for each token, in the order of ``TOKEN_COLUMNS``; (N,) each."""
+        self._tokens.append(torch.stack([column.detach().float().cpu() for column in columns], 1))
+
+    def merge(self, state: Any) -> None:
+        """Take in what another rank has; ``state`` is its :meth:`state`."""
+        sums, peaks, tokens = state
+        for name, pair in sums.items():
+            self.add(name, *pair)
+        for name, value in peaks.items():
+            self.peak(name, value)
+        self._tokens += tokens
+
+    def state(self) -> Any:
+        """All of it, picklable."""
+        return {name: tuple(pair) for name, pair in self._sums.items()}, dict(self._peaks), list(self._tokens)
+
+    def mean(self, name: str) -> float:
+        """NaN where nothing was counted."""
+        total, count = self._sums.get(name, (0.0, 0.0))
+        return total / count if count else float("nan")
+
+    def std(self, name: str) -> float:
+        """Population standard deviation of what :meth:`add_moments` counted."""
+        mean = self.mean(name)
+        return max(self.mean(f"{name}^2") - mean**2, 0.0) ** 0.5 if mean == mean else mean
+
+    def means(self) -> dict[str, float]:
+        """Every mean and every largest value."""
+        plain = {name: self.mean(name) for name in self._sums if not name.endswith("^2")}
+        return plain | self._peaks
+
+    def tokens(self) -> Tensor:
+        """(N, columns) of all tokens."""
+        return torch.cat(self._tokens) if self._tokens else torch.empty(0, len(TOKEN_COLUMNS))
