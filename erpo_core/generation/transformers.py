@@ -98,7 +98,7 @@ class TransformersEngine:
         for step in range(max_new_tokens):
             # One number for every answer at every step, the ended ones too: nobody's draw depends on the others' ends.
             uniform = torch.rand(total, generator=generator, dtype=torch.float64).to(device)[alive]
-            chosen = draw(logits, sampling, uniform)
+            chosen = self._choose(draw(logits, sampling, uniform), alive, step)
             for answer, token in zip(alive.tolist(), chosen.tolist(), strict=True):
                 answers[answer].append(token)
             going = ~torch.isin(chosen, stops)
@@ -111,6 +111,10 @@ class TransformersEngine:
             mask = torch.cat([mask, mask.new_ones(len(alive), 1)], dim=1)
             logits = self._step(chosen, cache, mask, padded)
         return answers
+
+    def _choose(self, drawn: Tensor, alive: Tensor, step: int) -> Tensor:
+        """The tokens (B,) that answers ``alive`` (B,) get at ``step``; a subclass may want others than those drawn."""
+        return drawn
 
     def _step(self, chosen: Tensor, cache: Any, mask: Tensor, padded: bool) -> Tensor:
         """Logits (B, V) after one more token (B,) of each answer."""

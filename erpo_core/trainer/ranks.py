@@ -17,6 +17,8 @@ def gather_rows(accelerator: Accelerator, values: Tensor) -> Tensor:
     """Rows (B,) or (B, T) of all ranks, rank by rank; T becomes the longest of all ranks, padded with 0."""
     if accelerator.num_processes == 1:
         return values
+    if values.dtype == torch.bool:  # accelerate's padding turns it into int64, on the ranks that pad
+        return gather_rows(accelerator, values.to(torch.uint8)).bool()
     if values.ndim > 1:
         values = accelerator.pad_across_processes(values, dim=1)
     return accelerator.gather(values.contiguous())

@@ -18,6 +18,7 @@ from torch.nn.functional import pad
 from trl import GRPOTrainer
 
 from erpo_core.advantages import ERPOSignals, erpo_advantages
+from erpo_core.generation.snapshot import PolicySnapshot
 from erpo_core.generation.transformers import Sample, TransformersEngine
 from erpo_core.logits import TokenScores
 from erpo_core.loss import LossTerms, erpo_loss, response_weights, top_entropy_mask
@@ -72,6 +73,7 @@ class ERPOTrainer(WholeCheckpoints, GRPOTrainer):
         self._totals = Totals()
         self._entropy_sums = [0.0, 0.0, 0.0]
         self._noise_step = -1
+        self._snapshot: PolicySnapshot | None = None
         # TRL would load a reference by the model's name, or none at all where beta is 0; ERPO always needs its own.
         kept = {"loss_type": args.loss_type, "beta": args.beta}
         args.loss_type, args.beta = "bnpo", 0.0
@@ -137,7 +139,13 @@ class ERPOTrainer(WholeCheckpoints, GRPOTrainer):
             )
 
     def _engine(self) -> TransformersEngine:
-        return TransformersEngine(self._policy, self.processing_class)
+        """Samples from the policy as it is now."""
+        if self._snapshot is None and PolicySnapshot.suits(self._policy):
+            self._snapshot = PolicySnapshot(self._policy)
+        if self._snapshot is None:
+            return TransformersEngine(self._policy, self.processing_class)
+        self._snapshot.refresh()
+        return TransformersEngine(self._snapshot.model, self.processing_class)
 
     def _generation_seed(self) -> int:
         """A seed of its own for each generation: a resumed run samples what the run never stopped would have."""
