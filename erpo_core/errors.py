@@ -101,6 +101,6 @@ class CodecError(ErpoError, ValueError):
 
 
 class RunError(ErpoError, RuntimeError):
-    """A job failed in its child. ``code``: ``oom``, ``nonfinite_loss``, ``timeout``, ``nothing_to_learn``, ..."""
+    """A job failed in its child. ``code``: ``oom``, ``nonfinite_loss``, ``timeout``, ``preflight_failed``, ..."""
 
     code = "failed"

@@ -64,6 +64,17 @@ def _sums_by(keys: Tensor, values: Tensor) -> Tensor:
     return torch.zeros_like(values).index_add(0, keys, values)[keys]
 
 
+def top_entropy_mask(entropies: Tensor, mask: Tensor, share: float) -> Tensor:
+    """(B, T) bool: the active tokens whose entropy is at or above the (1 - share) quantile of all active ones.
+
+    As TRL's ``top_entropy_quantile`` (arXiv 2506.01939): over a micro-batch, so it depends on what shares one.
+    """
+    active_BT = mask.bool()
+    if share >= 1 or not active_BT.any():
+        return active_BT
+    return active_BT & (entropies >= torch.quantile(entropies[active_BT].float(), 1 - share))
+
+
 def erpo_loss(
     logps: Tensor,
     old_logps: Tensor,

@@ -15,6 +15,7 @@ METRICS: dict[str, str] = {
     "clip_ratio/low_mean": "Share of tokens clipped at 1 - epsilon.",
     "clip_ratio/high_mean": "Share of tokens clipped at 1 + epsilon_high.",
     "clip_ratio/region_mean": "Share of tokens clipped at either bound.",
+    "mean_token_accuracy": "Share of the solutions' tokens that the model ranks first (sft).",
     "num_tokens": "Tokens read and sampled since the start, prompts included.",
     "num_active_tokens": "Tokens that carry loss, mean over the micro-batches.",
     "tokens_per_second": "Sampled tokens per second of the whole step.",

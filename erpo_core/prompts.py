@@ -41,6 +41,18 @@ def stop_token_ids(tokenizer) -> list[int]:
     return sorted(end for end in ends if end is not None)
 
 
+def end_token_id(tokenizer, spec: PromptSpec) -> int:
+    """The token that closes an answer: the chat template's end of turn, without a template the tokenizer's own end."""
+    if spec.template != "raw" and tokenizer.chat_template is not None:
+        turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "{answer}"}]
+        _, _, after = tokenizer.apply_chat_template(turns, tokenize=False).rpartition("{answer}")
+        ends = set(stop_token_ids(tokenizer))
+        for token in tokenizer(after, add_special_tokens=False)["input_ids"]:
+            if token in ends:
+                return token
+    return tokenizer.eos_token_id
+
+
 def template_digest(tokenizer, spec: PromptSpec) -> str:
     """sha256 of what a probe problem becomes: everything of the prompt but the problem."""
     return hashlib.sha256(prompt_text(tokenizer, "{problem}", spec).encode()).hexdigest()

@@ -41,9 +41,10 @@ def admit(database: Database, settings: Settings, principal: Principal, spec: An
         _check_model(session, settings, principal, spec.model, admitted)
         _check_dependencies(session, principal, spec.job, admitted)
         if hasattr(spec, "dataset"):
-            _check_upload(session, principal, spec.dataset)
+            _check_upload(session, principal, spec.dataset.partition("?")[0])
     if hasattr(spec, "dataset"):
-        admitted.num_problems = check_dataset(spec.dataset, settings.data_root)
+        imitates = getattr(spec, "algorithm", None) == "sft"
+        admitted.num_problems = check_dataset(spec.dataset, settings.data_root, with_solutions=imitates)
     if hasattr(spec, "rewards"):
         check_rewards(spec.rewards)
     return admitted

@@ -1,20 +1,24 @@
-"""Rough sizes of an order, for ``?dry_run=true``: steps, sampled tokens, bytes of traces."""
+"""Rough sizes of an order, for ``?dry_run=true``: steps, tokens, memory, bytes of traces."""
 
 from math import ceil
 from typing import Any
 
+from erpo_core.memory import ModelSize, training_memory
 from erpo_core.specs import EntropySpec, EvaluateSpec
-from erpo_core.specs.train import GrpoTrainSpec
+from erpo_core.specs.train import GrpoTrainSpec, SftTrainSpec
 
 _TRAIN_TRACE_BYTES = 20
 _TRACE_BYTES = 12
 """Compressed bytes per token: ten channels in training, six otherwise."""
 
 
-def estimate(spec: Any, num_problems: int | None) -> dict[str, int | float | None]:
-    """Upper bounds; None where the size of the data set is not known before it is loaded."""
+def estimate(spec: Any, num_problems: int | None, size: ModelSize | None = None) -> dict[str, int | float | None]:
+    """Upper bounds; None where the size of the data set or of the model is not known before it is loaded."""
+    memory = training_memory(spec, size) if size and isinstance(spec, GrpoTrainSpec | SftTrainSpec) else {}
     if isinstance(spec, GrpoTrainSpec):
-        return _train(spec, num_problems)
+        return _train(spec, num_problems) | memory
+    if isinstance(spec, SftTrainSpec):
+        return _imitate(spec, num_problems) | memory
     if isinstance(spec, EvaluateSpec):
         return _evaluate(spec, num_problems)
     return _entropy(spec)
@@ -24,8 +28,9 @@ def _train(spec: GrpoTrainSpec, num_problems: int | None) -> dict[str, int | flo
     steps: int | None = spec.max_steps if spec.max_steps > 0 else None
     if steps is None and num_problems is not None:
         prompts_per_step = spec.generation_batch_size // spec.num_generations
-        steps = ceil(num_problems / prompts_per_step * spec.num_train_epochs) * spec.num_iterations
+        steps = ceil(num_problems // prompts_per_step * spec.num_train_epochs * spec.num_iterations)
     completions = None if steps is None else ceil(steps / spec.num_iterations) * spec.generation_batch_size
+    longest = spec.max_completion_length or spec.max_length - 1
     traced = 0
     if spec.trace_every and steps is not None:
         traced = ceil(steps / spec.trace_every) * spec.trace_groups * spec.num_generations
@@ -33,10 +38,19 @@ def _train(spec: GrpoTrainSpec, num_problems: int | None) -> dict[str, int | flo
         "num_problems": num_problems,
         "steps": steps,
         "completions": completions,
-        "completion_tokens": None if completions is None else completions * spec.max_completion_length,
+        "completion_tokens": None if completions is None else completions * longest,
         "traced_sequences": traced,
-        "trace_bytes": traced * spec.max_completion_length * _TRAIN_TRACE_BYTES,
+        "trace_bytes": traced * longest * _TRAIN_TRACE_BYTES,
     }
+
+
+def _imitate(spec: SftTrainSpec, num_problems: int | None) -> dict[str, int | float | None]:
+    steps: int | None = spec.max_steps if spec.max_steps > 0 else None
+    if steps is None and num_problems is not None:
+        steps = ceil(ceil(num_problems / spec.train_batch_size) * spec.num_train_epochs)
+    sequences = None if steps is None else steps * spec.train_batch_size
+    tokens = None if sequences is None else sequences * spec.max_length
+    return {"num_problems": num_problems, "steps": steps, "sequences": sequences, "tokens": tokens, "trace_bytes": 0}
 
 
 def _evaluate(spec: EvaluateSpec, num_problems: int | None) -> dict[str, int | float | None]:

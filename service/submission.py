@@ -6,6 +6,7 @@ from typing import Annotated, Any
 from fastapi import Depends
 from sqlalchemy.orm import Session
 
+from erpo_core.memory import model_size
 from erpo_core.specs import JobKind
 from service.admission import Admitted, admit
 from service.auth import Submitter
@@ -57,7 +58,7 @@ class _Desk:
             "valid": True,
             "kind": kind,
             "spec": spec.model_dump(mode="json", exclude={"job"}),
-            "estimate": estimate(spec, admitted.num_problems),
+            "estimate": estimate(spec, admitted.num_problems, model_size(spec.model, self.settings.model_roots)),
             "depends_on": admitted.depends_on,
         }
         return Answer(200, body)

@@ -5,8 +5,8 @@ from difflib import get_close_matches
 from functools import cache
 from typing import Any
 
-from erpo_core.specs import ErpoTrainSpec, GrpoTrainSpec
 from erpo_core.specs.common import Spec
+from erpo_core.specs.train import TRAIN_SPECS
 
 _TYPE_MENDS = {
     "int": "write an integer",
@@ -121,9 +121,10 @@ def _mend(error: dict[str, Any], parts: list[str | int], body: Any) -> str:
 
 
 def _unknown_field(name: str, body: Any) -> str:
-    erpo_only = ErpoTrainSpec.model_fields.keys() - GrpoTrainSpec.model_fields.keys()
-    if name in erpo_only and isinstance(body, dict) and body.get("algorithm") == "grpo":
-        return f"remove `{name}`: it belongs to algorithm `erpo`"
+    owners = [f"`{algorithm}`" for algorithm, spec in TRAIN_SPECS.items() if name in spec.model_fields]
+    algorithm = body.get("algorithm", "erpo") if isinstance(body, dict) else None
+    if owners and isinstance(algorithm, str) and f"`{algorithm}`" not in owners:
+        return f"remove `{name}`: it belongs to algorithm {' and '.join(owners)}"
     close = [match for match in get_close_matches(name, _field_names(), n=1, cutoff=0.7) if match != name]
     return f"write `{close[0]}`, or remove `{name}`" if close else f"remove `{name}`"
 

@@ -1,9 +1,9 @@
 """A data set's name becomes problems.
 
     reasoning-gym:<task>?size=N&seed=S&...   procedural, made on the spot
-    data:<file>.jsonl                        a file in the data root
-    ds_<32 hex digits>                       an uploaded file
-    organisation/name[@revision][?config=...&split=...]   a data set of the hub
+    data:<file>.jsonl[?level=3-5]            a file in the data root
+    ds_<32 hex digits>[?level=3-5]           an uploaded file
+    organisation/name[@revision][?config=...&split=...&level=...]   a data set of the hub
 
 Importing this module pulls in nothing heavy: the API checks a name with it before anything is queued.
 """
@@ -16,13 +16,14 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
 
-from erpo_core.data.formats import Problem, read_jsonl, to_problem
+from erpo_core.data.formats import BoxReport, Problem, our_names, read_jsonl, to_problem
+from erpo_core.data.levels import check_levels, of_levels
 from erpo_core.data.reasoning_tasks import check_task, load_task
 from erpo_core.errors import DatasetError, RunError, SpecError, UnknownReferenceError
 
 _UPLOAD = re.compile(r"ds_[0-9a-f]{32}")
 _HUB_ID = re.compile(r"(?!.*\.\.)[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w.-]+)?")
-_HUB_ARGS = {"config", "split"}
+_HUB_ARGS = {"config", "split", "level"}
 _FORMS = "`reasoning-gym:<task>?size=N&seed=S`, `data:<file>.jsonl`, an uploaded data set (`ds_...`) or a hub id"
 
 
@@ -45,24 +46,27 @@ def parse_reference(ref: str, *, pointer: str = "/dataset") -> Reference:
     name, _, query = ref.partition("?")
     if name.startswith("reasoning-gym:"):
         return Reference("task", name.removeprefix("reasoning-gym:"), _arguments(query, pointer))
-    if ref.startswith("data:"):
-        return Reference("file", ref.removeprefix("data:"), {})
-    if _UPLOAD.fullmatch(ref):
-        return Reference("upload", ref, {})
-    if _HUB_ID.fullmatch(name):
-        args = _arguments(query, pointer, literal=False)
-        if unknown := sorted(set(args) - _HUB_ARGS):
-            raise SpecError(
-                f"a hub data set takes no argument {unknown[0]!r}", pointer=pointer, mend="it takes config, split"
-            )
-        return Reference("hub", name, args)
+    for source, is_meant, known in (
+        ("file", name.startswith("data:"), {"level"}),
+        ("upload", _UPLOAD.fullmatch(name), {"level"}),
+        ("hub", _HUB_ID.fullmatch(name), _HUB_ARGS),
+    ):
+        if is_meant:
+            args = _arguments(query, pointer, literal=False)
+            _check_names(source, args, known, pointer)
+            return Reference(source, name.removeprefix("data:"), args)
     raise UnknownReferenceError(
         f"unknown data set {ref!r}", pointer=pointer, mend=f"write {_FORMS}", code="unknown_dataset"
     )
 
 
-def check_dataset(ref: str, data_root: Path | None, *, pointer: str = "/dataset") -> int | None:
+def check_dataset(
+    ref: str, data_root: Path | None, *, pointer: str = "/dataset", with_solutions: bool = False
+) -> int | None:
     """Refuse a data set that no worker could load.
+
+    Args:
+        with_solutions: only problems with a worked solution count.
 
     Returns:
         The number of problems, or None where only the hub knows.
@@ -74,10 +78,30 @@ def check_dataset(ref: str, data_root: Path | None, *, pointer: str = "/dataset"
     """
     found = parse_reference(ref, pointer=pointer)
     if found.source == "task":
-        return check_task(found.name, found.args, pointer=pointer)
+        size = check_task(found.name, found.args, pointer=pointer)
+        return len(solved([], ref, pointer=pointer)) if with_solutions else size
     if found.source == "hub":
         return None
-    return len(read_jsonl(_file(found, data_root, pointer), pointer=pointer))
+    problems = read_jsonl(_file(found, data_root, pointer), pointer=pointer)
+    problems = of_levels(problems, found.args.get("level"), pointer=pointer)
+    return len(solved(problems, ref, pointer=pointer) if with_solutions else problems)
+
+
+def solved(problems: list[Problem], ref: str, *, pointer: str = "/dataset") -> list[Problem]:
+    """Those that have a worked solution.
+
+    Raises:
+        DatasetError: none has.
+    """
+    found = [problem for problem in problems if problem.solution and problem.solution.strip()]
+    if not found:
+        raise DatasetError(
+            f"{ref} has no worked solutions to learn from",
+            pointer=pointer,
+            mend='name a data set whose rows have a "solution", for example GSM8K or MATH',
+            code="no_solutions",
+        )
+    return found
 
 
 def load_problems(
@@ -87,8 +111,11 @@ def load_problems(
     cache_dir: Path | None = None,
     limit: int | None = None,
     seed: int | None = None,
+    boxes: BoxReport | None = None,
 ) -> list[Problem]:
     """The problems of a data set: the first ``limit``, after shuffling by ``seed`` if one is given.
+
+    ``boxes`` takes down what is odd in solutions that golds are read from.
 
     Raises:
         UnknownReferenceError, DatasetError, SpecError: as :func:`check_dataset`.
@@ -98,9 +125,11 @@ def load_problems(
     if found.source == "task":
         problems = load_task(found.name, found.args)
     elif found.source == "hub":
-        problems = _load_hub(found, cache_dir)
+        problems = _load_hub(found, cache_dir, BoxReport() if boxes is None else boxes)
     else:
-        problems = read_jsonl(_file(found, data_root, "/dataset"))
+        problems = read_jsonl(_file(found, data_root, "/dataset"), boxes=boxes)
+    if found.source != "task":
+        problems = of_levels(problems, found.args.get("level"))
     if seed is not None:
         random.Random(seed).shuffle(problems)
     return problems[:limit]
@@ -117,6 +146,17 @@ def _arguments(query: str, pointer: str, *, literal: bool = True) -> dict[str, A
     if len(args) < len(pairs):
         raise SpecError(f"an argument is given twice in {query!r}", pointer=pointer, mend="give each argument once")
     return args
+
+
+def _check_names(source: str, args: dict[str, str], known: set[str], pointer: str) -> None:
+    if unknown := sorted(set(args) - known):
+        a_source = {"file": "a file", "upload": "an uploaded data set", "hub": "a hub data set"}[source]
+        raise SpecError(
+            f"{a_source} takes no argument {unknown[0]!r}",
+            pointer=pointer,
+            mend=f"it takes {', '.join(sorted(known))}",
+        )
+    check_levels(args.get("level"), pointer=pointer)
 
 
 def _literal(value: str) -> Any:
@@ -154,7 +194,7 @@ def _known_files(root: Path, at_most: int = 20) -> list[str]:
     return sorted(path.name for path in root.glob("*.jsonl"))[:at_most] if root.is_dir() else []
 
 
-def _load_hub(found: Reference, cache_dir: Path | None) -> list[Problem]:
+def _load_hub(found: Reference, cache_dir: Path | None, boxes: BoxReport) -> list[Problem]:
     try:
         from datasets import load_dataset
 
@@ -164,26 +204,12 @@ def _load_hub(found: Reference, cache_dir: Path | None) -> list[Problem]:
         rows = load_dataset(name, found.args.get("config"), split=split, revision=revision or None, cache_dir=cache)
     except Exception as error:  # the hub's client and the readers raise dozens of unrelated types
         raise RunError(f"the hub did not deliver {found.name!r}: {error}", code="dataset_unavailable") from error
-    problems = [hub_problem(row, f"{found.name}/{index}", f"row {index}") for index, row in enumerate(rows)]
+    problems = []
+    for index, raw in enumerate(rows):
+        row_id = f"{found.name}/{index}"
+        row = boxes.completed(our_names(raw), row_id)
+        if row is not None:
+            problems.append(to_problem(row, row_id, where=f"row {index}"))
     if not problems:
         raise DatasetError(f"{found.name} holds no row", pointer="/dataset", code="empty_dataset")
     return problems
-
-
-def hub_problem(row: dict[str, Any], default_id: str, where: str) -> Problem:
-    """A hub's row under our names: ``question`` is a problem, ``#### 7`` ends a GSM8K solution, a box holds MATH's.
-
-    Raises:
-        DatasetError: no problem or no answer in it.
-    """
-    from erpo_core.rewards.answers import extract_boxed
-
-    row = {key: value for key, value in row.items() if value is not None}
-    row.setdefault("problem", row.get("question"))
-    answer = row.get("answer")
-    if isinstance(answer, str) and "####" in answer:
-        row["solution"], _, row["answer"] = (part.strip() for part in answer.rpartition("####"))
-        row["answer"] = row["answer"].replace(",", "")
-    elif answer is None and isinstance(row.get("solution"), str):
-        row["answer"] = extract_boxed(row["solution"])
-    return to_problem(row, default_id, where=where)

@@ -2,15 +2,18 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from erpo_core.errors import DatasetError
+from erpo_core.rewards.answers import boxed_contents, extract_boxed, normalise
 
 _ROW_MEND = 'write one JSON object a line, for example {"problem": "What is 2 + 2?", "answer": "4"}'
 MAX_LINE_CHARS = 1_000_000
+_CALCULATOR_MARK = re.compile(r"<<[^<>]*>>")
 
 
 @dataclass(frozen=True)
@@ -25,30 +28,64 @@ class Problem:
     subject: str | None = None
 
 
-def read_jsonl(path: Path, *, pointer: str = "/dataset", limit: int | None = None) -> list[Problem]:
+@dataclass
+class BoxReport:
+    """Ids of rows that have no ``answer`` of their own and whose solution is odd; the gold is its last box.
+
+    Rows with no box or an empty one are left out; of ``several``, different boxes in one solution, the last counts.
+    """
+
+    none: list[str] = field(default_factory=list)
+    empty: list[str] = field(default_factory=list)
+    several: list[str] = field(default_factory=list)
+
+    def completed(self, row: dict[str, Any], row_id: str) -> dict[str, Any] | None:
+        """The row with its gold; None where that should be in the solution and is not."""
+        solution = row.get("solution")
+        if "answer" in row or not isinstance(solution, str):
+            return row
+        boxes, gold = boxed_contents(solution), extract_boxed(solution)
+        if gold is None or not is_answer(clean_answer(gold)):
+            (self.empty if boxes else self.none).append(row_id)
+            return None
+        if len({normalise(box) for box in boxes}) > 1:
+            self.several.append(row_id)
+        return {**row, "answer": gold}
+
+
+def read_jsonl(
+    path: Path, *, pointer: str = "/dataset", limit: int | None = None, boxes: BoxReport | None = None
+) -> list[Problem]:
     """The problems of a JSON Lines file, in the file's order; every row is checked even beyond ``limit``.
 
     Raises:
         DatasetError: a broken line (named by its number), a problem twice, no row at all.
     """
     with path.open("rb") as file:
-        problems = list(parse_lines(file, path.stem, pointer=pointer))
+        problems = list(parse_lines(file, path.stem, pointer=pointer, boxes=boxes))
     if not problems:
         raise DatasetError(f"{path.name} holds no problem", pointer=pointer, mend=_ROW_MEND, code="empty_dataset")
     return problems[:limit]
 
 
-def parse_lines(lines: Iterable[bytes], name: str, *, pointer: str = "/dataset") -> Iterator[Problem]:
+def parse_lines(
+    lines: Iterable[bytes], name: str, *, pointer: str = "/dataset", boxes: BoxReport | None = None
+) -> Iterator[Problem]:
     """Problems of JSON Lines; blank lines are skipped, ``name`` and the line's number make the default id.
 
     Raises:
         DatasetError: naming the line.
     """
+    boxes = BoxReport() if boxes is None else boxes
     seen: dict[str, int] = {}
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
-        problem = _parse_line(line, f"{name}/{number}", f"line {number}", pointer)
+        where, default_id = f"line {number}", f"{name}/{number}"
+        row = boxes.completed(our_names(_parse_line(line, where, pointer)), default_id)
+        if row is None:
+            continue
+        problem = to_problem(row, default_id, where=where, pointer=pointer)
         if problem.id in seen:
             first = seen[problem.id]
             raise DatasetError(
@@ -60,7 +97,7 @@ def parse_lines(lines: Iterable[bytes], name: str, *, pointer: str = "/dataset")
         yield problem
 
 
-def _parse_line(line: bytes, default_id: str, where: str, pointer: str) -> Problem:
+def _parse_line(line: bytes, where: str, pointer: str) -> dict[str, Any]:
     try:
         text = line.decode("utf-8-sig")
         if len(text) > MAX_LINE_CHARS:
@@ -70,7 +107,22 @@ def _parse_line(line: bytes, default_id: str, where: str, pointer: str) -> Probl
         raise DatasetError(f"{where} is not JSON: {error}", pointer=pointer, mend=_ROW_MEND) from None
     if not isinstance(row, dict):
         raise DatasetError(f"{where} is a JSON {type(row).__name__}, not an object", pointer=pointer, mend=_ROW_MEND)
-    return to_problem(row, default_id, where=where, pointer=pointer)
+    return row
+
+
+def our_names(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of GSM8K or MATH as published under our names: ``question`` is a problem, ``type`` a subject, and
+    ``#### 7`` ends a solution."""
+    row = {key: value for key, value in row.items() if value is not None}
+    for ours, theirs in (("problem", "question"), ("subject", "type")):
+        if theirs in row:
+            row.setdefault(ours, row[theirs])
+    answer = row.get("answer")
+    if isinstance(answer, str) and "####" in answer:
+        solution, _, gold = answer.rpartition("####")
+        row["solution"] = _CALCULATOR_MARK.sub("", solution).strip()
+        row["answer"] = gold.strip().replace(",", "")
+    return row
 
 
 def to_problem(row: dict[str, Any], default_id: str, *, where: str, pointer: str = "/dataset") -> Problem:

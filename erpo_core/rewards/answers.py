@@ -1,6 +1,7 @@
 """Finding and tidying the final answer of a response. Standard library only."""
 
 import re
+from collections.abc import Iterator
 from decimal import Decimal
 
 # A box, an escaped character (a literal brace is no delimiter), or a brace.
@@ -15,17 +16,31 @@ def extract_boxed(text: str) -> str | None:
 
     Of boxes within one another the inner one counts.
     """
+    last = max(_boxes(text), default=None)
+    return (text[slice(*last)].strip() or None) if last else None
+
+
+def boxed_contents(text: str) -> list[str]:
+    """Contents of the balanced boxes, stripped, in order; a box within another one is part of the outer one."""
+    contents, end = [], -1
+    for start, stop in sorted(_boxes(text)):
+        if start > end:
+            contents.append(text[start:stop].strip())
+            end = stop
+    return contents
+
+
+def _boxes(text: str) -> Iterator[tuple[int, int]]:
+    """Where the content of each balanced box starts and ends, in the order of their ends."""
     open_braces: list[int] = []  # where the content starts if the brace opens a box, otherwise -1
-    last = (-1, -1)
     for token in _TOKENS.finditer(text):
         piece = token[0]
         if piece.endswith("{") and piece != "\\{":
             open_braces.append(token.end() if len(piece) > 1 else -1)
         elif piece == "}" and open_braces:
             start = open_braces.pop()
-            if start > last[0]:
-                last = (start, token.start())
-    return (text[slice(*last)].strip() or None) if last[0] >= 0 else None
+            if start >= 0:
+                yield start, token.start()
 
 
 def has_answer(text: str) -> bool:

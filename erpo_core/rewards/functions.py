@@ -10,6 +10,7 @@ from typing import Any
 
 from erpo_core.errors import SpecError
 from erpo_core.rewards.answers import has_answer
+from erpo_core.rewards.plugins import PluginReward, plugins
 from erpo_core.rewards.verify import Verdict, Verifier
 from erpo_core.specs.common import RewardSpec
 
@@ -21,25 +22,54 @@ def reward_functions(rewards: Sequence[RewardSpec], verifier: Verifier) -> list[
 
     Raises:
         SpecError: as :func:`check_rewards`.
+        RunError: ``reward_unavailable``: a user's own cannot be imported.
     """
     check_rewards(rewards)
-    functions, seen = [], {}
+    functions, seen, own = [], {}, plugins()
     for spec in rewards:
         seen[spec.name] = seen.get(spec.name, 0) + 1
         name = spec.name if seen[spec.name] == 1 else f"{spec.name}_{seen[spec.name]}"
-        functions.append(_REGISTRY[spec.name](name, verifier, **spec.args))
+        if spec.name in _REGISTRY:
+            functions.append(_REGISTRY[spec.name](name, verifier, **spec.args))
+        else:
+            functions.append(PluginReward(name, own[spec.name], spec.args))
     return functions
 
 
+def known_rewards() -> list[dict[str, Any]]:
+    """Every reward that may be named, by name: ``name``, ``description``, ``arguments``, ``source``.
+
+    Of the user's own nothing is imported: ``source`` is the package that registers it, the rest is None.
+    """
+    found = {
+        name: {
+            "name": name,
+            "description": " ".join((cls.__doc__ or "").split("\n\n")[0].split()),
+            "arguments": list(cls.arguments),
+            "source": "built-in",
+        }
+        for name, cls in _REGISTRY.items()
+    }
+    for name, entry in plugins().items():
+        package = entry.dist.name if entry.dist else entry.value
+        found.setdefault(name, {"name": name, "description": None, "arguments": None, "source": package})
+    return [found[name] for name in sorted(found)]
+
+
 def check_rewards(rewards: Sequence[RewardSpec], *, pointer: str = "/rewards") -> None:
-    """Refuse arguments that a reward does not take.
+    """Refuse names that nobody has registered, and arguments that a reward does not take.
+
+    A user's own reward is not imported: its arguments are checked in the worker.
 
     Raises:
-        SpecError: naming the argument.
+        SpecError: naming the field.
     """
     for index, spec in enumerate(rewards):
         where = f"{pointer}/{index}/args"
-        cls = _REGISTRY[spec.name]
+        cls = _REGISTRY.get(spec.name)
+        if cls is None:
+            _check_plugin(spec.name, f"{pointer}/{index}/name")
+            continue
         for name in spec.args:
             if name not in cls.arguments:
                 known = ", ".join(cls.arguments) or "no arguments"
@@ -48,6 +78,18 @@ def check_rewards(rewards: Sequence[RewardSpec], *, pointer: str = "/rewards") -
             cls.check(**spec.args)
         except (TypeError, ValueError, re.error, RecursionError, OverflowError) as error:
             raise SpecError(f"{spec.name}: {error}", pointer=where, mend=cls.mend) from None
+
+
+def _check_plugin(name: str, pointer: str) -> None:
+    known = sorted(_REGISTRY.keys() | plugins().keys())
+    if name not in known:
+        raise SpecError(
+            f"there is no reward {name!r}",
+            pointer=pointer,
+            mend=f"name one of {', '.join(map(repr, known))}, or install the package that registers it in the "
+            "entry-point group erpo_lab.rewards",
+            code="unknown_reward",
+        )
 
 
 def completion_text(completion: str | list[dict[str, Any]]) -> str:

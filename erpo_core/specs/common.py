@@ -67,7 +67,7 @@ class LoraSpec(Spec):
 class RewardSpec(Spec):
     """One registered reward function and its weight in the sum."""
 
-    name: Literal["accuracy", "boxed_format", "length_penalty", "regex"]
+    name: Name = Field(description="A name that `GET /rewards` lists.")
     weight: float = Field(1.0, ge=-100, le=100)
     args: dict[str, str | int | float | bool] = Field(default_factory=dict, max_length=20)
 

@@ -1,6 +1,6 @@
 """The body of `POST /jobs/train`. Defaults are the paper's (arXiv 2603.28204, section 4.1) or erpo-spec section 8."""
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
@@ -18,21 +18,13 @@ from erpo_core.specs.common import (
 _REWARDS = (RewardSpec(name="accuracy", weight=1.0), RewardSpec(name="boxed_format", weight=0.2))
 
 
-class GrpoTrainSpec(Spec):
-    """GRPO as ERPO Lab runs it: the same loop, data order, loss and scoring as ERPO, with A_i for every token."""
+class BaseTrainSpec(Spec):
+    """What every algorithm has: a model, problems, an optimizer, checkpoints."""
 
-    algorithm: Literal["grpo"] = "grpo"
     model: ModelRef
     dataset: DatasetRef
     prompt: PromptSpec = PromptSpec()
-
-    num_generations: int = Field(8, ge=2, le=256, description="G, responses per prompt.")
-    generation_batch_size: int = Field(16, ge=2, le=65_536, description="Completions per optimizer step.")
-    max_completion_length: int = Field(1024, ge=1, le=65_536, description="Tokens sampled at most.")
     max_length: int = Field(2048, ge=2, le=131_072, description="Prompt and completion together, tokens.")
-    temperature: float = Field(1.0, gt=0, le=10)
-    top_p: float = Field(1.0, gt=0, le=1)
-    top_k: int = Field(0, ge=0)
 
     learning_rate: float = Field(5e-6, gt=0, le=1)
     warmup_steps: float = Field(0.1, ge=0, description="Below 1: a share of all steps; otherwise steps.")
@@ -41,29 +33,83 @@ class GrpoTrainSpec(Spec):
     max_grad_norm: float = Field(1.0, gt=0)
     num_train_epochs: float = Field(1.0, gt=0, le=1000)
     max_steps: int = Field(-1, ge=-1, description="Optimizer steps; -1 follows `num_train_epochs`.")
+    max_skipped_steps: int = Field(10, ge=0, description="Steps with a gradient that is not finite, at most.")
+
+    lora: LoraSpec | None = Field(LoraSpec(), description="null trains every weight.")
+    bf16: bool | None = Field(None, description="null: float32 on the CPU, bfloat16 on CUDA.")
+    gradient_checkpointing: bool = False
+
+    save_steps: int = Field(50, ge=1)
+    save_total_limit: int = Field(3, ge=1, le=100)
+    seed: int = Field(42, ge=0, le=2**31 - 1)
+    hardware: HardwareSpec = HardwareSpec()
+    job: JobOptions = JobOptions()
+
+
+class SftTrainSpec(BaseTrainSpec):
+    """Supervised fine-tuning on the data set's solutions: the paper's baseline, by TRL's SFTTrainer."""
+
+    algorithm: Literal["sft"] = "sft"
+    train_batch_size: int = Field(16, ge=1, le=65_536, description="Solutions per optimizer step.")
+
+
+class GrpoTrainSpec(BaseTrainSpec):
+    """GRPO as ERPO Lab runs it: the same loop, data order, loss and scoring as ERPO, with A_i for every token."""
+
+    algorithm: Literal["grpo"] = "grpo"
+    num_generations: int = Field(8, ge=2, le=256, description="G, responses per prompt.")
+    generation_batch_size: int = Field(16, ge=2, le=65_536, description="Completions per optimizer step.")
+    max_completion_length: int | None = Field(
+        None,
+        ge=1,
+        le=65_536,
+        description="Tokens sampled at most; null: what `max_length` leaves beside the longest prompt.",
+    )
+    max_prompt_length: int | None = Field(
+        None,
+        ge=1,
+        le=65_536,
+        description="Longer prompts are left out; null: `max_length` less `max_completion_length`, or half of it.",
+    )
+    temperature: float = Field(1.0, gt=0, le=10)
+    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int = Field(0, ge=0)
+
     num_iterations: int = Field(1, ge=1, le=16, description="Optimizer passes over each generation batch.")
 
     epsilon: float = Field(0.2, gt=0, lt=1, description="Clip range of the ratio.")
     epsilon_high: float | None = Field(None, gt=0, lt=10, description="Upper clip range; `epsilon` if absent.")
     beta: float = Field(0.04, ge=0, le=10, description="Weight of the k3 KL estimator (eq. 4).")
     loss_type: Literal["erpo", "dapo", "bnpo", "grpo"] = Field("erpo", description="`erpo` is eq. 5.")
+    top_entropy_quantile: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="Share of a micro-batch's tokens, those of highest entropy, that carry policy loss.",
+    )
     advantage_clip: float | None = Field(None, gt=0, description="Bound on |advantage|; off by default.")
 
-    lora: LoraSpec | None = Field(LoraSpec(), description="null trains every weight.")
     rewards: tuple[RewardSpec, ...] = Field(_REWARDS, min_length=1, max_length=16)
-    outcome_reward: str = Field("accuracy", description="The reward that decides right and wrong.")
-    bf16: bool | None = Field(None, description="null: float32 on the CPU, bfloat16 on CUDA.")
+    outcome_reward: str = Field(
+        "accuracy", description="The reward that decides right and wrong; the first one where there is no accuracy."
+    )
     scoring_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    gradient_checkpointing: bool = False
-    max_skipped_steps: int = Field(10, ge=0)
 
-    save_steps: int = Field(50, ge=1)
-    save_total_limit: int = Field(3, ge=1, le=100)
+    preflight: bool = Field(
+        True, description="Before step 1, sample a few prompts and fail early where nothing can be learnt."
+    )
     trace_every: int = Field(10, ge=0, description="Steps between recorded token traces; 0 records none.")
     trace_groups: int = Field(1, ge=1, le=64, description="Prompt groups recorded each time.")
-    seed: int = Field(42, ge=0, le=2**31 - 1)
-    hardware: HardwareSpec = HardwareSpec()
-    job: JobOptions = JobOptions()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_the_outcome(cls, body: Any) -> Any:
+        if not isinstance(body, dict) or "outcome_reward" in body or not isinstance(body.get("rewards"), list | tuple):
+            return body
+        names = [reward.get("name") if isinstance(reward, dict) else None for reward in body["rewards"]]
+        if "accuracy" in names or not names or not isinstance(names[0], str):
+            return body
+        return {**body, "outcome_reward": names[0]}
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -74,9 +120,17 @@ class GrpoTrainSpec(Spec):
             )
         if self.outcome_reward not in {reward.name for reward in self.rewards}:
             raise ValueError(f"outcome_reward: {self.outcome_reward!r} is not among `rewards`; add it or name another")
-        if self.max_completion_length >= self.max_length:
-            raise ValueError("max_completion_length: must be below max_length, which counts the prompt as well")
+        if (self.max_completion_length or 1) + (self.max_prompt_length or 1) > self.max_length:
+            field = "max_prompt_length" if self.max_completion_length is None else "max_completion_length"
+            raise ValueError(f"{field}: must be below max_length, which counts prompt and completion")
         return self
+
+    @property
+    def prompt_room(self) -> int:
+        """Tokens that a prompt may have."""
+        if self.max_prompt_length is not None:
+            return self.max_prompt_length
+        return self.max_length - (self.max_completion_length or self.max_length // 2)
 
     def _nearest_batch(self) -> int:
         return max(1, round(self.generation_batch_size / self.num_generations)) * self.num_generations
@@ -103,10 +157,14 @@ class ErpoTrainSpec(GrpoTrainSpec):
     norm: bool = Field(True, description="false: the last normalisation is left out (ablation).")
 
 
+TRAIN_SPECS: dict[str, type[BaseTrainSpec]] = {"erpo": ErpoTrainSpec, "grpo": GrpoTrainSpec, "sft": SftTrainSpec}
+
+
 def _algorithm(value: object) -> str:
     return value.get("algorithm", "erpo") if isinstance(value, dict) else getattr(value, "algorithm", "erpo")
 
 
 TrainSpec = Annotated[
-    Annotated[ErpoTrainSpec, Tag("erpo")] | Annotated[GrpoTrainSpec, Tag("grpo")], Discriminator(_algorithm)
+    Annotated[ErpoTrainSpec, Tag("erpo")] | Annotated[GrpoTrainSpec, Tag("grpo")] | Annotated[SftTrainSpec, Tag("sft")],
+    Discriminator(_algorithm),
 ]

@@ -11,6 +11,7 @@ from transformers import TrainerCallback
 from erpo_core.checkpoints import checkpoint_folder, manifest_files
 from erpo_core.job import Stop
 from erpo_core.records import Checkpoint, Completions, Event, Metrics, Progress, Sink
+from erpo_core.rewards.verify import Verdict
 from erpo_core.trainer.traces import trace_records
 
 _IGNORED_METRICS = {"epoch", "total_flos", "train_loss", "train_runtime", "step_time"}
@@ -46,6 +47,10 @@ class RecordCallback(TrainerCallback):
                 found[name] = sum(finite) / len(finite)
         return found
 
+    def count_tokens(self, batches: list, logs: dict[str, float]) -> int:
+        """Tokens of one step: those that were sampled."""
+        return sum(sum(batch.lengths) for batch in batches)
+
     def on_train_begin(self, args, state, control, **kwargs):
         self._started = self._step_started = time.monotonic()
         self._first_step = state.global_step
@@ -58,7 +63,7 @@ class RecordCallback(TrainerCallback):
         seconds, self._step_started = now - self._step_started, now
         metrics = {name: value for name, value in logs.items() if name not in _IGNORED_METRICS}
         batches, self.trainer.rollout_log = self.trainer.rollout_log, []
-        tokens = sum(sum(batch.lengths) for batch in batches)
+        tokens = self.count_tokens(batches, logs)
         self.tokens += tokens
         metrics |= self._verdicts(batches) | {"time/step": seconds, "tokens_per_second": tokens / seconds}
         metrics["memory/peak_bytes"] = _peak_bytes()
@@ -107,7 +112,7 @@ class RecordCallback(TrainerCallback):
 
     def _verdicts(self, batches: list) -> dict[str, float]:
         verdicts = Counter(self._accuracy.last_verdicts if self._accuracy and batches else ())
-        return {f"verdict/{name}": count / verdicts.total() for name, count in verdicts.items()}
+        return {f"verdict/{name}": verdicts[name] / verdicts.total() for name in Verdict} if verdicts else {}
 
 
 def _completion_rows(batches: list, group_size: int) -> list[dict[str, Any]]:

@@ -75,7 +75,6 @@ class ERPOConfig(GRPOConfig):
             ("scale_rewards", "group", "ERPO's group advantage is eq. 3"),
             ("use_liger_kernel", False, "the head is scored by erpo_core.logits"),
             ("sync_ref_model", False, "the reference is the policy that training started from"),
-            ("top_entropy_quantile", 1.0, "it would gate a second time"),
             ("use_vllm", False, "generation is erpo_core's transformers engine"),
             ("multi_objective_aggregation", "sum_then_normalize", "it changes eq. 3"),
             ("mask_truncated_completions", False, "truncated responses count as the rewards say"),
@@ -99,6 +98,8 @@ class ERPOConfig(GRPOConfig):
                 raise ValueError(f"{name}: {value!r} is not supported by ERPO ({why}); leave it at {wanted!r}")
         if self.scoring_dtype not in SCORING_DTYPES:
             raise ValueError(f"scoring_dtype: {self.scoring_dtype!r} is none of {', '.join(SCORING_DTYPES)}")
+        if not 0 < self.top_entropy_quantile <= 1:
+            raise ValueError(f"top_entropy_quantile: {self.top_entropy_quantile!r} is not above 0 and at most 1")
         if self.entropy_stats not in ("group", "ema"):
             raise ValueError(f"entropy_stats: {self.entropy_stats!r} is none of group, ema")
         if self.algorithm not in ALGORITHMS:

@@ -1,6 +1,5 @@
 """One training job: from a specification to records."""
 
-import math
 import platform
 import time
 from dataclasses import fields
@@ -10,19 +9,19 @@ from typing import Any
 
 import torch
 
-from erpo_core.data.datasets import load_problems
 from erpo_core.data.formats import Problem, problems_digest
-from erpo_core.errors import DatasetError
 from erpo_core.job import JobInputs, Stop
+from erpo_core.memory import SMALL_MODEL, count_parameters
 from erpo_core.models import load_policy, prepare_model
-from erpo_core.prompts import prompt_ids, prompt_messages, prompt_text
-from erpo_core.records import Event, Progress, Resolved, Result, Sink
+from erpo_core.records import Progress, Resolved, Result, Sink
 from erpo_core.rewards.functions import reward_functions
 from erpo_core.rewards.verify import Verifier
-from erpo_core.specs.train import ErpoTrainSpec, GrpoTrainSpec
+from erpo_core.specs.train import BaseTrainSpec, ErpoTrainSpec, GrpoTrainSpec
 from erpo_core.trainer.callbacks import RecordCallback
 from erpo_core.trainer.config import ERPOConfig
-from erpo_core.trainer.trainer import SMALL_MODEL, ERPOTrainer
+from erpo_core.trainer.data import load_training_problems, make_dataset, report_dropped, with_completion_length
+from erpo_core.trainer.preflight import run_preflight
+from erpo_core.trainer.trainer import ERPOTrainer
 
 PASSED_THROUGH = (
     "advantage_clip",
@@ -48,6 +47,7 @@ PASSED_THROUGH = (
     "scoring_dtype",
     "seed",
     "temperature",
+    "top_entropy_quantile",
     "top_k",
     "top_p",
     "trace_every",
@@ -72,12 +72,11 @@ def run_training(spec: GrpoTrainSpec, inputs: JobInputs, sink: Sink, stop: Stop)
     sink.emit(Progress("load", 0, 1))
     path = prepare_model(inputs.model.base, cache_dir=inputs.cache_dir, model_roots=inputs.model_roots)
     model, tokenizer, info = load_policy(inputs, dtype=_load_dtype(spec, path), trainable=True)
-    problems = load_problems(spec.dataset, data_root=inputs.data_root, cache_dir=inputs.cache_dir)
+    problems = load_training_problems(spec, inputs, sink)
     dataset, dropped = make_dataset(tokenizer, problems, spec)
-    if dropped:
-        message = f"{dropped} of {len(problems)} problems are too long and are left out"
-        sink.emit(Event("dataset.dropped", message, "warn", {"dropped": dropped, "total": len(problems)}))
-    args = make_config(spec, inputs.work_dir / "checkpoints", bf16=_wants_bf16(spec))
+    report_dropped(sink, dropped, len(problems), "are too long")
+    spec = with_completion_length(spec, dataset)
+    args = make_config(spec, inputs.work_dir / "checkpoints", bf16=wants_bf16(spec))
     with Verifier() as verifier:
         functions = reward_functions(spec.rewards, verifier)
         accuracy = next((f for f in functions if hasattr(f, "last_verdicts")), None)
@@ -90,10 +89,14 @@ def run_training(spec: GrpoTrainSpec, inputs: JobInputs, sink: Sink, stop: Stop)
             train_dataset=dataset,
             processing_class=tokenizer,
             callbacks=[records],
-            peft_config=None if inputs.model.adapter_path else _lora(spec),
+            peft_config=None if inputs.model.adapter_path else lora_config(spec),
         )
         records.attach(trainer)
-        sink.emit(Resolved(_resolved(spec, args, info, problems, dataset)))
+        own = {field.name for field in fields(ERPOConfig)} & (set(PASSED_THROUGH) | set(ERPO_ONLY))
+        config = {name: getattr(args, name) for name in sorted(own)}
+        sink.emit(Resolved(described(spec, config, info, problems, dataset)))
+        if spec.preflight and inputs.resume_from is None:
+            run_preflight(trainer, sink, stop)
         output = trainer.train(resume_from_checkpoint=str(inputs.resume_from) if inputs.resume_from else None)
     done = trainer.state.global_step
     summary = {
@@ -106,39 +109,6 @@ def run_training(spec: GrpoTrainSpec, inputs: JobInputs, sink: Sink, stop: Stop)
     }
     sink.emit(Result(summary))
     return summary
-
-
-def make_dataset(tokenizer, problems: list[Problem], spec: GrpoTrainSpec):
-    """Rows of ``prompt`` (chat turns, or text), ``prompt_ids`` (what the model reads: as in an evaluation), ``answer``,
-    ``problem``, ``prompt_id``; and how many were too long.
-
-    Raises:
-        DatasetError: none is short enough.
-    """
-    from datasets import Dataset
-
-    room = spec.max_length - spec.max_completion_length
-    chat = spec.prompt.template != "raw" and tokenizer.chat_template is not None
-    rows = []
-    for problem in problems:
-        ids = prompt_ids(tokenizer, problem.problem, spec.prompt)
-        if len(ids) > room:
-            continue
-        render = prompt_messages(problem.problem, spec.prompt) if chat else None
-        prompt = render or prompt_text(tokenizer, problem.problem, spec.prompt)
-        row = {"prompt": prompt, "prompt_ids": ids, "answer": problem.answer, "problem": problem.problem}
-        rows.append(row | {"prompt_id": str(problem.id)})
-    if not rows:
-        raise DatasetError(
-            f"every prompt is longer than {room} tokens", mend="raise max_length or lower max_completion_length"
-        )
-    groups = spec.generation_batch_size // spec.num_generations
-    if len(rows) < groups:
-        raise DatasetError(
-            f"a step needs {groups} problems and the data set has {len(rows)}",
-            mend="lower generation_batch_size or give more problems",
-        )
-    return Dataset.from_list(rows), len(problems) - len(rows)
 
 
 def make_config(spec: GrpoTrainSpec, output_dir: Path, *, bf16: bool) -> ERPOConfig:
@@ -163,7 +133,8 @@ def make_config(spec: GrpoTrainSpec, output_dir: Path, *, bf16: bool) -> ERPOCon
     )
 
 
-def _wants_bf16(spec: GrpoTrainSpec) -> bool:
+def wants_bf16(spec: BaseTrainSpec) -> bool:
+    """By default on CUDA."""
     return torch.cuda.is_available() if spec.bf16 is None else spec.bf16
 
 
@@ -171,24 +142,14 @@ def _load_dtype(spec: GrpoTrainSpec, folder: Path) -> torch.dtype:
     """bfloat16 only where it is wanted, the weights are frozen, and scoring may be rounded (erpo-spec section 4)."""
     scoring = spec.scoring_dtype
     if scoring == "auto":
-        small = not torch.cuda.is_available() or _num_parameters(folder) <= SMALL_MODEL
+        small = not torch.cuda.is_available() or count_parameters(folder) <= SMALL_MODEL
         scoring = "float32" if small else "bfloat16"
-    rounded = _wants_bf16(spec) and scoring == "bfloat16" and spec.lora is not None
+    rounded = wants_bf16(spec) and scoring == "bfloat16" and spec.lora is not None
     return torch.bfloat16 if rounded else torch.float32
 
 
-def _num_parameters(folder: Path) -> int:
-    """By the headers of its safetensors files."""
-    from safetensors import safe_open
-
-    count = 0
-    for path in folder.glob("*.safetensors"):
-        with safe_open(path, framework="pt") as file:
-            count += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
-    return count
-
-
-def _lora(spec: GrpoTrainSpec):
+def lora_config(spec: BaseTrainSpec):
+    """PEFT's configuration, or None where every weight is trained."""
     if spec.lora is None:
         return None
     from peft import LoraConfig
@@ -203,10 +164,12 @@ def _lora(spec: GrpoTrainSpec):
     )
 
 
-def _resolved(spec: GrpoTrainSpec, args: ERPOConfig, info: dict[str, Any], problems: list[Problem], dataset) -> dict:
-    own = {field.name for field in fields(ERPOConfig)} & (set(PASSED_THROUGH) | set(ERPO_ONLY))
+def described(
+    spec: BaseTrainSpec, config: dict[str, Any], info: dict[str, Any], problems: list[Problem], dataset
+) -> dict[str, Any]:
+    """What a training's names turned out to be, for its ``resolved`` record."""
     return {
-        "config": {name: getattr(args, name) for name in sorted(own)},
+        "config": config,
         "model": info,
         "dataset": {"ref": spec.dataset, "digest": problems_digest(problems), "num_problems": len(dataset)},
         "versions": {name: version(name) for name in _VERSIONS} | {"python": platform.python_version()},

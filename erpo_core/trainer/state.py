@@ -36,8 +36,10 @@ class RunState:
         self.entropy_second = decay * self.entropy_second + (1 - decay) * second
 
     def best_checkpoint(self, steps: Sequence[int]) -> int | None:
-        """The step of highest reward, the earliest of equals."""
-        return max(steps, key=lambda step: self.checkpoint_rewards.get(str(step), float("-inf")), default=None)
+        """The step of highest reward, the earliest of equals; None where no step has one."""
+        rewards = {step: self.checkpoint_rewards.get(str(step), float("-inf")) for step in steps}
+        rewarded = [step for step in steps if rewards[step] > float("-inf")]
+        return max(rewarded, key=rewards.__getitem__, default=None)
 
     def save(self, folder: Path) -> None:
         """Write it into a checkpoint."""

@@ -19,9 +19,10 @@ from trl import GRPOTrainer
 
 from erpo_core.advantages import ERPOSignals, erpo_advantages
 from erpo_core.generation.snapshot import PolicySnapshot
-from erpo_core.generation.transformers import TransformersEngine
+from erpo_core.generation.transformers import Sample, TransformersEngine
 from erpo_core.logits import TokenScores
-from erpo_core.loss import LossTerms, erpo_loss, response_weights
+from erpo_core.loss import LossTerms, erpo_loss, response_weights, top_entropy_mask
+from erpo_core.memory import SMALL_MODEL
 from erpo_core.packing import packed_attention, supports_packing
 from erpo_core.prompts import stop_token_ids
 from erpo_core.trainer import measures, ranks
@@ -42,9 +43,6 @@ from erpo_core.trainer.scoring import (
 )
 from erpo_core.trainer.state import RunState
 from erpo_core.trainer.totals import Totals
-
-SMALL_MODEL = 500_000_000
-"""Parameters up to which ``scoring_dtype="auto"`` is float32."""
 
 
 class ERPOTrainer(WholeCheckpoints, GRPOTrainer):
@@ -120,20 +118,25 @@ class ERPOTrainer(WholeCheckpoints, GRPOTrainer):
 
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, has_tool_images=False):
         groups = _runs_of_equals(prompt_ids, num_generations)
-        with self._timed("generate"), self._autocast(self.args.bf16):
-            found = self._engine().generate(
-                [list(ids) for ids in prompt_ids[::groups]],
-                n=groups,
+        with self._timed("generate"):
+            found = self.sample([list(ids) for ids in prompt_ids[::groups]], groups, seed=self._generation_seed())
+        samples = [sample for group in found for sample in group]
+        self._finished = [sample.finished for sample in samples]
+        return [sample.token_ids for sample in samples], None
+
+    def sample(self, prompts: list[list[int]], n: int, *, seed: int) -> list[list[Sample]]:
+        """``n`` answers of the policy as it is to each prompt; nothing of the trainer changes."""
+        with self._autocast(self.args.bf16):
+            return self._engine().generate(
+                prompts,
+                n=n,
                 temperature=self.temperature,
                 top_p=self.args.top_p,
                 top_k=self.args.top_k or 0,
                 max_new_tokens=self.max_completion_length,
                 stop_ids=stop_token_ids(self.processing_class),
-                seed=self._generation_seed(),
+                seed=seed,
             )
-        samples = [sample for group in found for sample in group]
-        self._finished = [sample.finished for sample in samples]
-        return [sample.token_ids for sample in samples], None
 
     def _engine(self) -> TransformersEngine:
         """Samples from the policy as it is now."""
@@ -272,7 +275,8 @@ class ERPOTrainer(WholeCheckpoints, GRPOTrainer):
         for batch, scores in zip(batches, found, strict=True):
             rows = slice(batch.first_row, batch.first_row + len(batch.rewards))
             own = replace(signals, **{name: _cut(v[rows], batch.rollouts.mask) for name, v in vars(signals).items()})
-            batch.old = Scored(**scores, signals=own, advantages=self._final(own, batch.rollouts.mask))
+            advantages = self._final(own, batch.rollouts.mask, scores["entropies"])
+            batch.old = Scored(**scores, signals=own, advantages=advantages)
 
     def _signals(self, entropies, logps, ref_logps, mask, rewards, outcomes) -> ERPOSignals:
         """Eqs. 3 and 7-10 for whole groups, and what is counted of them."""
@@ -307,11 +311,13 @@ class ERPOTrainer(WholeCheckpoints, GRPOTrainer):
             self._entropy_sums[index] += value
         return signals
 
-    def _final(self, signals: ERPOSignals, mask: Tensor) -> Tensor:
+    def _final(self, signals: ERPOSignals, mask: Tensor, entropies: Tensor) -> Tensor:
         """(B, T) advantages as the loss takes them."""
         advantages = signals.advantages
         if self.args.algorithm == "grpo":
             advantages = signals.group_advantages[:, None] * mask
+        # A token without advantage keeps its KL term and its place in the denominators, as in TRL.
+        advantages = advantages * top_entropy_mask(entropies.detach(), mask, self.args.top_entropy_quantile)
         if self.args.advantage_clip is not None:
             advantages = advantages.clamp(-self.args.advantage_clip, self.args.advantage_clip)
         return advantages
@@ -347,7 +353,8 @@ class ERPOTrainer(WholeCheckpoints, GRPOTrainer):
             columns["logps"] = logps.detach()
             names = ("entropies", "logps", "ref_logps")
             signals = self._signals(*(columns[name] for name in names), mask, batch.rewards, batch.outcomes)
-            scored = Scored(**columns, signals=signals, advantages=self._final(signals, mask))
+            advantages = self._final(signals, mask, columns["entropies"])
+            scored = Scored(**columns, signals=signals, advantages=advantages)
         else:
             scored = batch.old
             with self._deterministic(policy), self._timed("forward"):

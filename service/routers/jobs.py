@@ -43,7 +43,7 @@ def submit_training(
     spec: Annotated[TrainSpec, Body(description="With only `model` and `dataset` it is the paper's setting.")],
     dry_run: DryRun = False,
 ) -> Response:
-    """Train a model with ERPO (or GRPO)."""
+    """Train a model with ERPO, GRPO, or on worked solutions (`algorithm: sft`)."""
     return (desk.estimate("train", spec) if dry_run else desk.submit("train", spec)).response()
 
 

@@ -7,6 +7,7 @@ from fastapi import APIRouter, Query, Response, UploadFile
 from fastapi.responses import JSONResponse
 
 from erpo_core.models import KNOWN_MODELS
+from erpo_core.rewards.functions import known_rewards
 from service.auth import Reader, Submitter
 from service.db import claims as claim_rows
 from service.db import datasets as dataset_rows
@@ -15,7 +16,7 @@ from service.deps import AppSettings, Db
 from service.idempotency import Answer, OnlyOnce
 from service.pagination import DEFAULT_LIMIT, Cursor, Limit, page_json
 from service.schemas.common import Page, problems
-from service.schemas.registries import DatasetEntry, ModelEntry, Worker
+from service.schemas.registries import DatasetEntry, ModelEntry, RewardEntry, Worker
 from service.shape import dataset_json
 from service.uploads import check_upload, store_upload
 from service.workerview import worker_json
@@ -28,6 +29,12 @@ def list_models(principal: Reader) -> Any:
     """Registered models. Hub ids, folders in an allowed root and checkpoints of runs may be named as well."""
     rows = [{"name": name, **entry} for name, entry in sorted(KNOWN_MODELS.items())]
     return page_json(rows, None, lambda row: {k: v for k, v in row.items() if k not in ("package", "gguf_file")})
+
+
+@router.get("/rewards", response_model=Page[RewardEntry], responses=problems(401))
+def list_rewards(principal: Reader) -> Any:
+    """Reward functions: those of ERPO Lab, and those that packages register in the group `erpo_lab.rewards`."""
+    return page_json(known_rewards(), None, lambda row: row)
 
 
 @router.get("/datasets", response_model=Page[DatasetEntry], responses=problems(400, 401))

@@ -38,7 +38,9 @@ class Job(BaseModel):
     status: str = Field(
         description="queued, starting, running, pausing, paused, cancelling, cancelled, succeeded or failed."
     )
-    status_reason: str | None = Field(description="oom, worker_lost, timeout, user_request, nonfinite_loss, ...")
+    status_reason: str | None = Field(
+        description="oom, worker_lost, timeout, user_request, nonfinite_loss, preflight_failed, ..."
+    )
     desired_status: str | None = Field(description="What the user has asked for.")
     is_terminal: bool
     attempt: int

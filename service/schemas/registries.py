@@ -15,6 +15,15 @@ class ModelEntry(BaseModel):
     description: str | None = None
 
 
+class RewardEntry(BaseModel):
+    """A name that may stand in `rewards`."""
+
+    name: str
+    description: str | None = Field(description="null for a reward of an installed package.")
+    arguments: list[str] | None = Field(description="What `args` may hold; null where only the worker knows.")
+    source: str = Field(description="`built-in`, or the package that registers it.")
+
+
 class DatasetEntry(BaseModel):
     """A name that may stand as `dataset`."""
 

@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
@@ -51,11 +51,19 @@ def test_a_wrong_training_field_is_named(change, field):
     assert field in str(caught.value)
 
 
+def test_without_accuracy_the_first_reward_decides_right_and_wrong():
+    for rewards, outcome in ((["mine", "boxed_format"], "mine"), (["mine", "accuracy"], "accuracy")):
+        spec = parse_spec("train", TRAIN | {"rewards": [{"name": name} for name in rewards]})
+        assert spec.outcome_reward == outcome
+        assert parse_spec("train", spec.model_dump(mode="json")) == spec
+
+
 def test_a_stored_spec_reads_back_as_itself():
     spec = parse_spec("train", TRAIN | {"algorithm": "grpo", "lora": None})
     assert parse_spec("train", spec.model_dump(mode="json")) == spec
 
 
+@settings(deadline=None)
 @given(st.dictionaries(st.text(min_size=1), st.floats() | st.none()), st.binary(max_size=200))
 def test_records_survive_the_wire_and_numbers_that_are_not_finite_become_null(values, payload):
     for record in (records.Metrics(3, values), records.Trace(1, {"stats": values}, payload)):

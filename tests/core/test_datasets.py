@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from erpo_core.data.datasets import check_dataset, hub_problem, load_problems, parse_reference
-from erpo_core.data.formats import Problem, is_answer, parse_lines, problems_digest
+from erpo_core.data.datasets import check_dataset, load_problems, parse_reference
+from erpo_core.data.formats import BoxReport, Problem, is_answer, parse_lines, problems_digest
 from erpo_core.data.reasoning_tasks import TASKS, plain_question
 from erpo_core.data.worked_examples import ARITHMETIC
 from erpo_core.errors import DatasetError, RunError, SpecError, UnknownReferenceError
@@ -69,6 +69,9 @@ def test_the_api_checks_task_names_without_the_package(monkeypatch):
         "reasoning-gym:chain_sum?seed=1&seed=2",
         "reasoning-gym:chain_sum?seed",
         "org/name?lines=3",
+        "data:sums.jsonl?lines=3",
+        "data:sums.jsonl?level=5-3",
+        "data:sums.jsonl?level=",
     ],
 )
 def test_wrong_arguments_are_refused_with_a_mend(ref):
@@ -168,13 +171,76 @@ def test_shuffling_repeats_with_its_seed(root):
     assert problems_digest(shuffled) != problems_digest(plain)
 
 
-def test_hub_rows_come_under_our_names():
-    gsm8k = hub_problem({"question": "q", "answer": "so 2+2=4\n#### 1,204"}, "x/0", "row 0")
-    assert (gsm8k.problem, gsm8k.answer, gsm8k.solution) == ("q", "1204", "so 2+2=4")
-    maths = hub_problem({"problem": "q", "solution": r"thus \boxed{\frac12}", "level": "Level 5"}, "x/0", "row 0")
-    assert (maths.answer, maths.level) == (r"\frac12", "Level 5")
-    with pytest.raises(DatasetError, match="row 7"):
-        hub_problem({"problem": "q", "solution": "no box"}, "x/7", "row 7")
+PUBLISHED = [
+    {"question": "q0", "answer": "so 2+2=<<2+2=4>>4\n#### 1,204"},
+    {"problem": "q1", "solution": r"thus \boxed{\frac{1}{2}}", "level": "Level 5", "type": "Algebra"},
+    {"problem": "q2", "solution": "no box", "level": "Level 3"},
+    {"problem": "q3", "solution": r"either \boxed{1} or \boxed{2}", "level": "Level 3"},
+    {"problem": "q4", "solution": r"nothing: \boxed{ }", "level": "Level 1"},
+    {"problem": "q5", "solution": r"\boxed{7} is \boxed{7}.", "level": "Level 2"},
+]
+
+
+def check_published(problems, boxes, name, rows):
+    assert [(p.problem, p.answer) for p in problems] == [
+        ("q0", "1204"),
+        ("q1", r"\frac{1}{2}"),
+        ("q3", "2"),
+        ("q5", "7"),
+    ]
+    assert problems[0].solution == "so 2+2=4"
+    assert (problems[1].level, problems[1].subject) == ("Level 5", "Algebra")
+    assert [boxes.none, boxes.empty, boxes.several] == [[name.format(n)] for n in rows]
+
+
+def test_gsm8k_and_math_as_published_are_read_and_odd_boxes_are_reported(root):
+    (root / "math.jsonl").write_text("\n".join(map(json.dumps, PUBLISHED)))
+    boxes = BoxReport()
+    problems = load_problems("data:math.jsonl", data_root=root, boxes=boxes)
+    check_published(problems, boxes, "math/{}", (3, 5, 4))
+
+
+def test_a_hubs_rows_are_read_the_same_way(tmp_path, monkeypatch):
+    pytest.importorskip("datasets")
+    # The hub's client takes a folder of that name first.
+    (tmp_path / "org" / "math").mkdir(parents=True)
+    (tmp_path / "org" / "math" / "train.jsonl").write_text("\n".join(map(json.dumps, PUBLISHED)))
+    monkeypatch.chdir(tmp_path)
+    boxes = BoxReport()
+    problems = load_problems("org/math", data_root=None, cache_dir=tmp_path, boxes=boxes)
+    check_published(problems, boxes, "org/math/{}", (2, 4, 3))
+    kept = load_problems("org/math?level=3-5", data_root=None, cache_dir=tmp_path)
+    assert [problem.problem for problem in kept] == ["q1", "q3"]
+
+
+@pytest.mark.parametrize(
+    ("level", "kept"),
+    [("3-5", ["5", "Level 3"]), ("5", ["5"]), ("1, 3", ["Level 3", "1"]), ("hard", ["Hard"]), ("1-9", None)],
+)
+def test_levels_are_kept_by_number_range_or_name(root, level, kept):
+    levels = [5, "Level 3", "Hard", 1, None]
+    rows = [{"problem": f"p{i}", "answer": i, "level": level} for i, level in enumerate(levels)]
+    (root / "levels.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    ref = f"data:levels.jsonl?level={level}"
+    found = [str(problem.level) for problem in load_problems(ref, data_root=root)]
+    assert found == (["5", "Level 3", "1"] if kept is None else kept)
+    assert check_dataset(ref, root) == len(found)
+
+
+def test_a_level_that_no_problem_has_is_refused_and_the_known_ones_are_named(root):
+    with pytest.raises(DatasetError) as caught:
+        check_dataset("data:sums.jsonl?level=4-5", root)
+    assert "levels there: 3" in caught.value.mend
+
+
+def test_only_problems_with_solutions_can_be_imitated(root):
+    rows = [{"problem": "p", "answer": 1, "solution": "one"}, {"problem": "q", "answer": 2}]
+    (root / "half.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert check_dataset("data:half.jsonl", root, with_solutions=True) == 1
+    for ref in ("data:sums.jsonl", CHAIN_SUM):
+        with pytest.raises(DatasetError) as caught:
+            check_dataset(ref, root, with_solutions=True)
+        assert (caught.value.pointer, caught.value.code) == ("/dataset", "no_solutions")
 
 
 def test_a_hub_name_is_taken_apart():

@@ -7,7 +7,7 @@ import pytest
 from erpo_core.errors import RunError, UnknownReferenceError
 from erpo_core.job import JobInputs, ModelInput
 from erpo_core.models import check_model_ref, load_model, load_policy, prepare_model
-from erpo_core.prompts import BOXED_INSTRUCTION, prompt_ids, prompt_text, stop_token_ids, template_digest
+from erpo_core.prompts import prompt_ids, prompt_text, stop_token_ids, template_digest
 from erpo_core.specs.common import PromptSpec, WorkedExample
 from tiny_model import make_tiny_model, make_tiny_tokenizer
 
@@ -110,7 +110,10 @@ def test_templates_differ_and_their_digest_tells():
     tokenizer = make_tiny_tokenizer()
     specs = [PromptSpec(), PromptSpec(template="qwen-boxed"), PromptSpec(template="raw"), PromptSpec(instruction="x")]
     assert len({template_digest(tokenizer, spec) for spec in specs}) == 4
-    assert f"q\n{BOXED_INSTRUCTION}<|im_end|>" in prompt_text(tokenizer, "q", specs[1])
+    assert prompt_text(tokenizer, "q", specs[1]) == (  # Qwen2.5-Math's evaluation/utils.py, to the letter
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\nq\n"
+        "Please reason step by step, and put your final answer within \\boxed{}.<|im_end|>\n<|im_start|>assistant\n"
+    )
     assert prompt_text(tokenizer, "q", specs[2]) == "q\n"
 
 

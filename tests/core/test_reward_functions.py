@@ -32,6 +32,16 @@ def test_accuracy_credits_right_boxes_only_and_keeps_its_verdicts(verifier, wrap
     assert accuracy.__name__ == "accuracy"
 
 
+def test_an_answer_that_hangs_the_check_scores_0_and_the_others_are_scored():
+    tower = r"\boxed{\dfrac{5^{(5^{(5^{(5^5)})}-4)}-5}{16}}"
+    with Verifier(deadline=2) as verifier:
+        verifier.check("2x", r"\boxed{x+x}")  # started: the deadline is that of the checking
+        accuracy = one(verifier, "accuracy")
+        assert accuracy(completions=[tower, r"\boxed{9^{9^{9^9}}}", r"\boxed{7}"], answer=["7"] * 3) == [0.0, 0.0, 1.0]
+    assert accuracy.last_verdicts[0] is Verdict.TIMEOUT
+    assert Verdict.RIGHT not in accuracy.last_verdicts[:2]
+
+
 def test_boxed_format_wants_a_box_with_something_in_it(verifier):
     assert one(verifier, "boxed_format")(completions=TEXTS) == [1.0, 0.0, 1.0, 0.0]
 

@@ -29,6 +29,8 @@ DERIVED = {
     "job",
     "bf16",
     "max_length",
+    "max_prompt_length",
+    "preflight",
 }
 
 
@@ -146,7 +148,13 @@ def test_each_field_of_the_spec_reaches_the_trainer_under_its_name(tmp_path):
     config = make_config(spec, tmp_path, bf16=False)
     for name in (*PASSED_THROUGH, *ERPO_ONLY):
         assert getattr(config, name) == getattr(spec, name), name
-        if name not in ("save_steps", "save_total_limit", "trace_every", "generation_batch_size"):
+        if name not in (
+            "save_steps",
+            "save_total_limit",
+            "trace_every",
+            "generation_batch_size",
+            "max_completion_length",
+        ):
             assert getattr(defaults, name) == getattr(spec, name), name
     assert set(GrpoTrainSpec.model_fields) >= set(PASSED_THROUGH)
 
@@ -158,7 +166,7 @@ def test_each_field_of_the_spec_reaches_the_trainer_under_its_name(tmp_path):
         ("scale_rewards", "batch"),
         ("use_liger_kernel", True),
         ("sync_ref_model", True),
-        ("top_entropy_quantile", 0.2),
+        ("top_entropy_quantile", 0.0),
         ("loss_type", "sapo"),
         ("algorithm", "ppo"),
     ],
@@ -183,7 +191,7 @@ class Records:
         return self._stop_after is not None and len(self.by_kind["metrics"]) + 1 >= self._stop_after
 
 
-def train(tiny, work_dir, *, stop_after=None, resume_from=None, **changes) -> Records:
+def train(tiny, work_dir, *, stop_after=None, resume_from=None, records=None, **changes) -> Records:
     body = {
         "model": str(tiny),
         "dataset": DATASET,
@@ -193,6 +201,7 @@ def train(tiny, work_dir, *, stop_after=None, resume_from=None, **changes) -> Re
         "max_length": 400,
         "max_steps": 4,
         "save_steps": 2,
+        "preflight": False,
         "trace_every": 1,
         "learning_rate": 1e-2,
         "lr_scheduler_type": "constant",
@@ -210,7 +219,7 @@ def train(tiny, work_dir, *, stop_after=None, resume_from=None, **changes) -> Re
         model_roots=(tiny.parent,),
         resume_from=resume_from,
     )
-    records = Records(stop_after)
+    records = records or Records(stop_after)
     torch.manual_seed(0)
     run_training(parse_spec("train", body | changes), inputs, records, records)
     return records
@@ -226,6 +235,8 @@ def test_a_run_reports_metrics_completions_traces_and_checkpoints(tiny, tmp_path
     rows = [row for record in records.by_kind["completions"] for row in record.rows]
     assert len(rows) == 32
     assert all(row["verdict"] in ("wrong", "unparsable", "right") for row in rows)
+    verdicts = {f"verdict/{name}" for name in ("right", "wrong", "unparsable", "timeout", "crashed")}
+    assert sum(metrics[0].values[name] for name in verdicts) == pytest.approx(1)
     for checkpoint in records.by_kind["checkpoint"]:
         assert is_whole(tmp_path / "checkpoints" / f"checkpoint-{checkpoint.step}")
     live = [trace for trace in records.by_kind["trace"] if trace.meta["advantage"]]

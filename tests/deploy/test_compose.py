@@ -134,6 +134,7 @@ def test_the_compose_stack_trains_a_tiny_model_on_postgresql(stack):
         max_completion_length=8,
         max_length=256,
         max_steps=2,
+        preflight=False,
         trace_every=1,
     )
     job.wait(timeout=180)

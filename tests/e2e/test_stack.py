@@ -16,6 +16,7 @@ SPEC = {
     "max_completion_length": 12,
     "max_length": 400,
     "max_steps": 2,
+    "preflight": False,  # random weights box nothing
     "save_steps": 1,
     "trace_every": 1,
     "learning_rate": 1e-3,
@@ -61,6 +62,17 @@ def test_a_tiny_model_is_trained_evaluated_and_analysed_through_the_api(stack, m
     assert stack.stop(signal.SIGINT) == []
     assert stack.process.returncode == 0
     assert not (stack.data_dir / "server.json").exists()
+
+
+def test_a_job_that_can_learn_nothing_fails_before_its_first_step_and_says_why(stack, model_root):
+    stack.start()
+    with ErpoClient(stack.url) as client:
+        job = client.train(model=str(model_root / "tiny"), **SPEC | {"preflight": True})
+        job.wait(timeout=180, raise_on_failure=False)
+        found = client.jobs.get(job.id)
+        assert (found["status"], found["status_reason"]) == ("failed", "preflight_failed")
+        assert "no answer is boxed" in found["error"]["message"]
+        assert client.runs.metrics(job.run_id)["series"] == {}
 
 
 def assert_run_is_readable(client: ErpoClient, run_id: str) -> None:

@@ -61,6 +61,7 @@ def test_a_dry_run_estimates_and_queues_nothing(api):
         assert body["spec"]["model"] == "smollm2-135m"
         assert body["estimate"]["trace_bytes"] >= 0
         assert body["estimate"].get("num_problems") == (None if kind == "entropy" else 3)
+        assert (body["estimate"].get("memory_bytes", 0) > 0) == (kind == "train")
     assert (listed(api), listed(api, "/runs")) == ([], [])
 
 

@@ -7,7 +7,11 @@ from erpo_core.records import Sink
 
 
 def run(spec: Any, inputs: JobInputs, sink: Sink, stop: Stop) -> dict[str, Any]:
-    """Train an adapter (or every weight) by ERPO or GRPO."""
+    """Train an adapter (or every weight) by ERPO, GRPO or on solutions."""
+    if spec.algorithm == "sft":
+        from erpo_core.trainer.sft import run_sft
+
+        return run_sft(spec, inputs, sink, stop)
     from erpo_core.trainer.run import run_training
 
     return run_training(spec, inputs, sink, stop)

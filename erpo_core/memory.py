@@ -1,0 +1,133 @@
+"""How large a model is, and roughly what memory its training takes, before anything is loaded. Nothing heavy."""
+
+import json
+import math
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from erpo_core.models import KNOWN_MODELS
+from erpo_core.specs.train import BaseTrainSpec, GrpoTrainSpec
+
+SMALL_MODEL = 500_000_000
+"""Parameters up to which ``scoring_dtype="auto"`` is float32."""
+_SIZE_IN_NAME = re.compile(r"(?<![\w.])(\d+(?:\.\d+)?)([BM])(?![A-Za-z0-9])", re.IGNORECASE)
+_GRADIENT_AND_ADAM_BYTES = 12
+_ACTIVATION_BYTES = 34
+"""In 16 bits a token, layer and unit of hidden size, with fused attention (arXiv 2205.05198, section 4.1)."""
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Of a decoder, from its ``config.json``. ``kv_size``: key-value heads x head size."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    kv_size: int
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """``shape`` is None where only the number of parameters is known."""
+
+    num_parameters: int
+    shape: ModelShape | None = None
+
+
+def model_size(ref: Any, model_roots: Iterable[Path] = ()) -> ModelSize | None:
+    """The size of a model by its reference: registered, a folder, or a hub id that says it (``Qwen/Qwen2.5-7B``).
+
+    None where that is not known, as for checkpoints of runs and folders outside the allowed roots.
+    """
+    if not isinstance(ref, str):
+        return None
+    if ref in KNOWN_MODELS:
+        return ModelSize(KNOWN_MODELS[ref]["num_parameters"])
+    if ref.startswith(("/", ".", "~")):
+        folder = Path(ref).expanduser().resolve()
+        allowed = any(folder.is_relative_to(Path(root).resolve()) for root in model_roots)
+        return ModelSize(count_parameters(folder), _shape(folder)) if allowed else None
+    found = _SIZE_IN_NAME.search(ref.replace("-", " ").replace("/", " "))
+    return ModelSize(round(float(found[1]) * (1e9 if found[2] in "bB" else 1e6))) if found else None
+
+
+def count_parameters(folder: Path) -> int:
+    """By the headers of the folder's safetensors files; nothing of the weights is read."""
+    count = 0
+    for path in folder.glob("*.safetensors"):
+        with path.open("rb") as file:
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        count += sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
+    return count
+
+
+def training_memory(spec: BaseTrainSpec, size: ModelSize) -> dict[str, int | None]:
+    """Bytes on one CUDA device; on a CPU, where everything is float32, weights, cache and activations take up to twice.
+
+    Returns:
+        ``num_parameters``; ``weights_bytes``, a frozen reference included; ``optimizer_bytes``, gradients and Adam's
+        moments; ``kv_cache_bytes`` and ``activation_bytes``, None where the model's shape is not known;
+        ``memory_bytes``, the sum of the known ones.
+    """
+    width = 2 if _holds_bf16(spec, size) else 4
+    full_copies = 1 if spec.lora is not None or not isinstance(spec, GrpoTrainSpec) else 2
+    shape = size.shape
+    trained = size.num_parameters if spec.lora is None else _adapter_parameters(spec, shape)
+    parts = {
+        "weights_bytes": size.num_parameters * width * full_copies + (0 if spec.lora is None else 4 * trained),
+        "optimizer_bytes": trained * _GRADIENT_AND_ADAM_BYTES,
+        "kv_cache_bytes": None if shape is None else _cache_bytes(spec, shape),
+        "activation_bytes": None if shape is None else _activation_bytes(spec, shape),
+    }
+    return {"num_parameters": size.num_parameters, **parts, "memory_bytes": sum(filter(None, parts.values()))}
+
+
+def _holds_bf16(spec: BaseTrainSpec, size: ModelSize) -> bool:
+    scoring = getattr(spec, "scoring_dtype", "bfloat16")
+    if scoring == "auto":
+        scoring = "float32" if size.num_parameters <= SMALL_MODEL else "bfloat16"
+    return spec.lora is not None and spec.bf16 is not False and scoring == "bfloat16"
+
+
+def _adapter_parameters(spec: BaseTrainSpec, shape: ModelShape | None) -> int:
+    """Of adapters on all linear layers: r (inputs + outputs) each. 0 where the shape is not known."""
+    if shape is None:
+        return 0
+    hidden, middle, kv = shape.hidden_size, shape.intermediate_size, shape.kv_size
+    ends = 2 * (hidden + hidden) + 2 * (hidden + kv) + 3 * (hidden + middle)
+    return spec.lora.r * ends * shape.num_layers
+
+
+def _cache_bytes(spec: BaseTrainSpec, shape: ModelShape) -> int:
+    if not isinstance(spec, GrpoTrainSpec):
+        return 0
+    tokens = spec.generation_batch_size * spec.max_length
+    return tokens * 2 * shape.num_layers * shape.kv_size * (4 if spec.bf16 is False else 2)
+
+
+def _activation_bytes(spec: BaseTrainSpec, shape: ModelShape) -> int:
+    """Of one micro-batch: a group of answers, or four solutions."""
+    rows = spec.num_generations if isinstance(spec, GrpoTrainSpec) else min(4, spec.train_batch_size)
+    width = 2 if spec.bf16 is False else 1
+    layer = rows * spec.max_length * shape.hidden_size * width
+    if spec.gradient_checkpointing:
+        return layer * (2 * shape.num_layers + _ACTIVATION_BYTES)
+    return layer * shape.num_layers * _ACTIVATION_BYTES
+
+
+def _shape(folder: Path) -> ModelShape | None:
+    try:
+        config = json.loads((folder / "config.json").read_text())
+        hidden, heads = config["hidden_size"], config["num_attention_heads"]
+        head_size = config.get("head_dim") or hidden // heads
+        return ModelShape(
+            hidden_size=hidden,
+            intermediate_size=config["intermediate_size"],
+            num_layers=config["num_hidden_layers"],
+            kv_size=(config.get("num_key_value_heads") or heads) * head_size,
+        )
+    except (OSError, ValueError, KeyError, TypeError):
+        return None

@@ -1,0 +1,158 @@
+"""Supervised fine-tuning on worked solutions: TRL's SFTTrainer with the records and checkpoints of the others."""
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from trl import SFTConfig, SFTTrainer
+
+from erpo_core.job import JobInputs, Stop
+from erpo_core.models import load_policy
+from erpo_core.records import Progress, Resolved, Result, Sink
+from erpo_core.specs.train import SftTrainSpec
+from erpo_core.trainer.callbacks import RecordCallback
+from erpo_core.trainer.data import load_training_problems, make_solution_dataset, report_dropped
+from erpo_core.trainer.guards import SkipNonFinite
+from erpo_core.trainer.run import described, lora_config, wants_bf16
+from erpo_core.trainer.saving import WholeCheckpoints
+from erpo_core.trainer.state import RunState
+
+PASSED_THROUGH = (
+    "gradient_checkpointing",
+    "learning_rate",
+    "lr_scheduler_type",
+    "max_grad_norm",
+    "max_length",
+    "max_skipped_steps",
+    "max_steps",
+    "num_train_epochs",
+    "save_steps",
+    "save_total_limit",
+    "seed",
+    "warmup_steps",
+    "weight_decay",
+)
+"""Fields that mean the same in SftTrainSpec and SolutionConfig."""
+_GPU_MICRO_BATCH = 4
+
+
+@dataclass
+class SolutionConfig(SFTConfig):
+    """TRL's, with our guard against gradients that are not finite."""
+
+    max_skipped_steps: int = field(default=10, metadata={"help": "Steps with a non-finite gradient before it fails."})
+
+
+class _NoReference:
+    """Nothing is compared with the weights that training started from."""
+
+    def fingerprint(self, policy: Any) -> str:
+        return ""
+
+
+class SolutionTrainer(WholeCheckpoints, SFTTrainer):
+    """TRL's, with what :class:`RecordCallback` and :class:`SkipNonFinite` read of a trainer."""
+
+    def __init__(self, *args, **kwargs) -> None:
+        self.run_state = RunState()
+        self.removed_checkpoints = []
+        self._reference = _NoReference()
+        self.keeps_rollouts = False
+        self.rollout_log: list[Any] = []
+        self.traces: list[Any] = []
+        super().__init__(*args, **kwargs)
+        self.add_callback(SkipNonFinite(self))
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """TRL's, with the count of skipped steps."""
+        self._metrics["train"]["erpo/skipped_steps"] = [self.run_state.skipped_steps]
+        super().log(logs, start_time)
+
+    @property
+    def _policy(self):
+        return self.accelerator.unwrap_model(self.model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            # TRL counts the tokens from 0 again.
+            counts = [entry["num_tokens"] for entry in self.state.log_history if "num_tokens" in entry]
+            self._total_train_tokens = counts[-1] if counts else 0
+
+
+class SolutionRecords(RecordCallback):
+    """Counts the tokens that were read: nothing is sampled."""
+
+    _counted = 0
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        super().on_train_begin(args, state, control, **kwargs)
+        self._counted = self.trainer._total_train_tokens
+
+    def count_tokens(self, batches: list, logs: dict[str, float]) -> int:
+        """Of the prompts and solutions of one step."""
+        before, self._counted = self._counted, int(logs["num_tokens"])
+        return self._counted - before
+
+
+def run_sft(spec: SftTrainSpec, inputs: JobInputs, sink: Sink, stop: Stop) -> dict[str, Any]:
+    """Train on solutions and report. Returns the summary, as :func:`erpo_core.trainer.run.run_training` does.
+
+    Raises:
+        DatasetError: no problem has a solution, or none is short enough.
+        RunError: see its codes.
+    """
+    started = time.monotonic()
+    sink.emit(Progress("load", 0, 1))
+    rounded = wants_bf16(spec) and spec.lora is not None
+    model, tokenizer, info = load_policy(inputs, dtype=torch.bfloat16 if rounded else torch.float32, trainable=True)
+    problems = load_training_problems(spec, inputs, sink)
+    dataset, dropped = make_solution_dataset(tokenizer, problems, spec)
+    report_dropped(sink, dropped, len(dataset) + dropped, "are too long with their solution")
+    args = make_sft_config(spec, inputs.work_dir / "checkpoints", bf16=wants_bf16(spec))
+    records = SolutionRecords(sink, stop, None, {})
+    trainer = SolutionTrainer(
+        model=model,
+        args=args,
+        train_dataset=dataset,
+        processing_class=tokenizer,
+        callbacks=[records],
+        peft_config=None if inputs.model.adapter_path else lora_config(spec),
+    )
+    records.attach(trainer)
+    config = {name: getattr(args, name) for name in PASSED_THROUGH}
+    sink.emit(Resolved(described(spec, config, info, problems, dataset)))
+    output = trainer.train(resume_from_checkpoint=str(inputs.resume_from) if inputs.resume_from else None)
+    done = trainer.state.global_step
+    summary = {
+        "steps": done,
+        "stopped": stop.requested and done < trainer.state.max_steps,
+        "tokens": records.tokens,
+        "seconds": time.monotonic() - started,
+        "train_loss": output.training_loss,
+        "final": records.summary(),
+    }
+    sink.emit(Result(summary))
+    return summary
+
+
+def make_sft_config(spec: SftTrainSpec, output_dir: Path, *, bf16: bool) -> SolutionConfig:
+    """The trainer's configuration of a specification; per-device sizes are derived."""
+    on_gpu = torch.cuda.is_available()
+    size = next(n for n in range(_GPU_MICRO_BATCH, 0, -1) if spec.train_batch_size % n == 0)
+    size = size if on_gpu else spec.train_batch_size
+    return SolutionConfig(
+        output_dir=str(output_dir),
+        per_device_train_batch_size=size,
+        gradient_accumulation_steps=spec.train_batch_size // size,
+        bf16=bf16,
+        use_cpu=not on_gpu,
+        disable_tqdm=True,
+        logging_steps=1,
+        report_to="none",
+        save_strategy="steps",
+        dataloader_pin_memory=False,
+        **{name: getattr(spec, name) for name in PASSED_THROUGH},
+    )

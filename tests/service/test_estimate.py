@@ -1,0 +1,112 @@
+"""What a dry run promises, against what runs do and models have."""
+
+import json
+
+import pytest
+
+from erpo_core.memory import ModelSize, count_parameters, model_size, training_memory
+from erpo_core.specs import parse_spec
+from service.estimate import estimate
+from tiny_model import make_tiny_model
+
+BODY = {"model": "m", "dataset": "d"}
+
+
+class Nowhere:
+    def emit(self, record) -> None:
+        pass
+
+
+def train_spec(**changes):
+    return parse_spec("train", BODY | changes)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    pytest.importorskip("torch")
+    return make_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def loaded(tiny):
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(tiny)
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("smollm2-135m", 134_515_008),
+        ("Qwen/Qwen2.5-1.5B", 1.5e9),
+        ("Qwen/Qwen2.5-7B-Instruct", 7e9),
+        ("HuggingFaceTB/SmolLM2-360M", 360e6),
+        ("org/name-2bit", None),
+        ("org/name", None),
+        ("/etc", None),
+    ],
+)
+def test_a_models_size_is_known_by_its_name_or_not_at_all(name, parameters):
+    size = model_size(name)
+    assert (size and size.num_parameters) == parameters
+
+
+def test_a_folders_size_is_that_of_its_weights(tiny, loaded):
+    size = model_size(str(tiny), [tiny.parent])
+    assert size.num_parameters == count_parameters(tiny) == sum(p.numel() for p in loaded.parameters())
+    cache = loaded(loaded.dummy_inputs["input_ids"][:1], use_cache=True).past_key_values
+    assert len(cache.layers) == size.shape.num_layers
+    assert cache.layers[0].keys[0, :, 0].numel() == size.shape.kv_size
+
+
+def test_adapters_have_as_many_parameters_as_estimated(tiny, loaded):
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(loaded, LoraConfig(r=8, target_modules="all-linear"))
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    estimated = training_memory(train_spec(lora={"r": 8}), model_size(str(tiny), [tiny.parent]))
+    assert estimated["optimizer_bytes"] == 12 * trained
+
+
+def test_training_every_weight_takes_a_reference_and_sixteen_bytes_a_parameter():
+    seven = ModelSize(7_000_000_000)
+    full = training_memory(train_spec(lora=None), seven)
+    assert full["weights_bytes"] + full["optimizer_bytes"] == 20 * seven.num_parameters
+    imitating = training_memory(train_spec(algorithm="sft", lora=None), seven)
+    assert imitating["memory_bytes"] == 16 * seven.num_parameters
+    assert training_memory(train_spec(), seven)["weights_bytes"] == 2 * seven.num_parameters
+    assert full["activation_bytes"] is None
+
+
+@pytest.mark.parametrize("change", [{"gradient_checkpointing": True}, {"max_length": 512}, {"num_generations": 4}])
+def test_what_saves_memory_lowers_the_estimate(tiny, change):
+    size = model_size(str(tiny), [tiny.parent])
+    assert (
+        training_memory(train_spec(**change), size)["memory_bytes"]
+        < training_memory(train_spec(), size)["memory_bytes"]
+    )
+
+
+def test_the_papers_setting_on_5580_problems():
+    found = estimate(train_spec(), 5580)
+    assert (found["steps"], found["completions"]) == (2790, 44_640)
+    assert found["completion_tokens"] == 44_640 * 2047
+    assert found["traced_sequences"] == 279 * 8
+    assert estimate(train_spec(), None)["steps"] is None
+    assert estimate(train_spec(algorithm="sft"), 5580)["steps"] == 349
+
+
+@pytest.mark.parametrize("algorithm", ["erpo", "sft"])
+def test_a_run_takes_the_steps_that_were_estimated(tiny, tmp_path, algorithm):
+    from erpo_core.job import JobInputs, ModelInput
+    from workers.child.stop import StopFlag
+    from workers.child.train import run
+
+    rows = [{"problem": f"{a} + 1?", "answer": a + 1, "solution": f"{a + 1}"} for a in range(5)]
+    (tmp_path / "sums.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    sizes = {"train_batch_size": 2} if algorithm == "sft" else {"num_generations": 2, "generation_batch_size": 4}
+    if algorithm == "erpo":
+        sizes |= {"max_completion_length": 4, "num_iterations": 2, "preflight": False}
+    spec = train_spec(model=str(tiny), dataset="data:sums.jsonl", algorithm=algorithm, num_train_epochs=2, **sizes)
+    inputs = JobInputs("job", "run", 1, tmp_path, tmp_path, ModelInput(str(tiny)), tmp_path, (tiny.parent,))
+    assert run(spec, inputs, Nowhere(), StopFlag())["steps"] == estimate(spec, 5)["steps"]
