@@ -7,31 +7,14 @@ batch.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from erpo_core.generation.base import Sample, Sampling, check_call
 from erpo_core.generation.cache import roomy_cache
 from erpo_core.prefill import pad_prompts, prefill
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One answer. ``token_ids`` include the stop token if there is one; ``finished`` is False at the length limit."""
-
-    token_ids: list[int]
-    finished: bool
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How a token is drawn. ``temperature`` 0 is greedy, ``top_k`` 0 keeps the whole vocabulary."""
-
-    temperature: float
-    top_p: float = 1.0
-    top_k: int = 0
 
 
 class TransformersEngine:
@@ -62,8 +45,7 @@ class TransformersEngine:
         """
         if not prompts:
             return []
-        if min(len(prompt) for prompt in prompts) < 1 or n < 1 or max_new_tokens < 1:
-            raise ValueError("generate: prompts must hold a token, n and max_new_tokens must be 1 or more")
+        check_call(prompts, n, max_new_tokens)
         sampling = Sampling(temperature, top_p, top_k)
         with torch.no_grad(), _evaluating(self.model):
             tokens = self._decode(prompts, n, sampling, max_new_tokens, stop_ids, seed)

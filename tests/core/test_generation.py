@@ -4,8 +4,9 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from erpo_core.generation.base import Sampling  # noqa: E402
 from erpo_core.generation.cache import RoomyLayer  # noqa: E402
-from erpo_core.generation.transformers import Sampling, TransformersEngine, draw  # noqa: E402
+from erpo_core.generation.transformers import TransformersEngine, draw  # noqa: E402
 from erpo_core.models import load_model  # noqa: E402
 from erpo_core.prefill import pad_prompts  # noqa: E402
 from tiny_model import make_tiny_model  # noqa: E402
