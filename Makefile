@@ -22,7 +22,7 @@ test: $(READY) lint ## lint, import contracts, and the whole test suite
 	@$(RUN) pytest -q
 
 test-vllm: $(VLLM)/.ready ## the tests of generation with vLLM on the CPU, in an environment of its own
-	@"$(VLLM)/bin/python" -m pytest -q tests/vllm
+	@"$(VLLM)/bin/python" -m pytest -q tests/with_vllm tests/e2e/test_vllm_stack.py
 
 lint: $(READY) ## style and import contracts
 	@$(RUN) ruff check .

@@ -113,7 +113,8 @@ class VLLMEngine:
         sampling = Sampling(temperature, top_p, top_k)
         draws = 1 if temperature == 0 else n  # vLLM refuses n greedy answers, which are all the same
         params = self._params(sampling, draws, max_new_tokens, stop_ids)
-        with _seeded(seed):
+        # A trainer's autocast would reach into vLLM's layers where both share a process.
+        with _seeded(seed), torch.autocast("cpu", enabled=False):
             self._llm.reset_prefix_cache()
             outputs = self._llm.generate(
                 [{"prompt_token_ids": list(prompt)} for prompt in prompts],
@@ -169,6 +170,10 @@ class VLLMEngine:
         """End the engine's processes and free its memory."""
         self._llm.llm_engine.engine_core.shutdown()
         del self._llm
+        if not self._on_cuda:
+            from vllm.distributed import cleanup_dist_env_and_memory
+
+            cleanup_dist_env_and_memory()  # the next engine of this process could not start otherwise
 
     def _params(self, sampling: Sampling, n: int, max_new_tokens: int, stop_ids: Sequence[int]) -> Any:
         from vllm import SamplingParams

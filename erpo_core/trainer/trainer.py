@@ -17,7 +17,6 @@ from torch import Tensor
 from trl import GRPOTrainer
 
 from erpo_core.advantages import ERPOSignals, erpo_advantages
-from erpo_core.generation.transformers import TransformersEngine
 from erpo_core.loss import erpo_loss, token_weights
 from erpo_core.prompts import stop_token_ids
 from erpo_core.trainer.batches import MicroBatch, Scored, TraceGroup
@@ -26,6 +25,7 @@ from erpo_core.trainer.guards import SaveAtBoundaries, SkipNonFinite
 from erpo_core.trainer.measures import signal_metrics
 from erpo_core.trainer.reference import make_reference
 from erpo_core.trainer.sampler import EpochSampler
+from erpo_core.trainer.sampling import logp_differences, make_sampler
 from erpo_core.trainer.scoring import Rollouts, pad_rollouts, score_rollouts, spread
 from erpo_core.trainer.state import RunState
 
@@ -59,15 +59,22 @@ class ERPOTrainer(GRPOTrainer):
         self._seconds: defaultdict[str, float] = defaultdict(float)
         self._step_entropies = torch.zeros(3, dtype=torch.float64)
         # TRL would load a reference by the model's name, or none at all where beta is 0; ERPO always needs its own.
-        kept = {"loss_type": args.loss_type, "beta": args.beta}
-        args.loss_type, args.beta = "bnpo", 0.0
+        # Its vLLM merges the adapter into the base, which is our reference.
+        kept = {"loss_type": args.loss_type, "beta": args.beta, "use_vllm": args.use_vllm}
+        args.loss_type, args.beta, args.use_vllm = "bnpo", 0.0, False
         try:
             super().__init__(model=model, reward_funcs=reward_funcs, args=args, **kwargs)
         finally:
-            args.loss_type, args.beta = kept["loss_type"], kept["beta"]
+            args.loss_type, args.beta, args.use_vllm = kept["loss_type"], kept["beta"], kept["use_vllm"]
         self.beta = args.beta
         self._check_layout()
         self._reference = make_reference(self.accelerator.unwrap_model(self.model))
+        self._engine_of = make_sampler(
+            args,
+            self.accelerator.unwrap_model(self.model),
+            self.processing_class,
+            num_processes=self.accelerator.num_processes,
+        )
         self._scores_in_float32 = self._resolve_scoring_dtype() == "float32"
         self.add_callback(SkipNonFinite(self))
         self.add_callback(SaveAtBoundaries())
@@ -99,7 +106,7 @@ class ERPOTrainer(GRPOTrainer):
         model = self.accelerator.unwrap_model(self.model)
         unique = [list(ids) for ids in prompt_ids[::num_generations]]
         with self._timed("generate"), self._autocast(self.args.bf16):
-            groups = TransformersEngine(model, self.processing_class).generate(
+            groups = self._engine_of(model).generate(
                 unique,
                 n=num_generations,
                 temperature=self.temperature,
@@ -110,6 +117,7 @@ class ERPOTrainer(GRPOTrainer):
                 seed=self._generation_seed(),
             )
         self._finished = [sample.finished for group in groups for sample in group]
+        self._engine_logps = [sample.logps for group in groups for sample in group]
         return [sample.token_ids for group in groups for sample in group], None
 
     def _generation_seed(self) -> int:
@@ -148,6 +156,7 @@ class ERPOTrainer(GRPOTrainer):
                     rewards=rewards[part],
                     outcomes=per_function[part, self._outcome_index()],
                     finished=torch.tensor(self._finished[part]),
+                    engine_logps=self._engine_logps[part],
                     lengths=[len(ids) for ids in completion_ids[part]],
                     examples=examples[part],
                     completions=[_text(completion) for completion in completions[part]],
@@ -337,6 +346,9 @@ class ERPOTrainer(GRPOTrainer):
         mask = batch.rollouts.mask
         for name, value in signal_metrics(batch, scored, terms, self.num_generations, self.noise_floor).items():
             self._metrics["train"][name].append(value)
+        if len(apart := logp_differences(batch.engine_logps, scored.logps, mask)):
+            self._metrics["train"]["sampling/logp_difference_mean"].append(apart.mean().item())
+            self._metrics["train"]["sampling/logp_difference_max"].append(apart.max().item())
         self._metrics["train"]["erpo/progress_noise"].append(self.run_state.noise)
         self._metrics["train"]["num_active_tokens"] = [mask.sum().item()]
         step = self.state.global_step + 1
