@@ -20,7 +20,7 @@ from erpo_core.data.formats import Problem, problems_digest
 from erpo_core.errors import RunError
 from erpo_core.evaluation_answers import Answer, AnswerBook
 from erpo_core.evaluation_summary import summarise
-from erpo_core.generation.base import Engine
+from erpo_core.generation.base import Engine, Sample
 from erpo_core.generation.policy import BATCH_SIZES, open_transformers, open_vllm
 from erpo_core.job import JobInputs, Stop
 from erpo_core.models import load_tokenizer, prepare_model
@@ -106,37 +106,41 @@ def _sample_all(
     engine: Engine, stop_ids: list[int], batches: Iterator[Batch], spec: EvaluateSpec, book: AnswerBook, stop: Stop
 ) -> bool:
     """Sample what is missing, batch by batch. True if asked to leave in between."""
+    missing = [
+        batch
+        for batch in batches
+        if not book.has_all((task.problem.id, number) for task in batch.tasks for number in batch.samples)
+    ]
+    left = len(missing)
+    sampled = engine.generate_each(_call(batch, stop_ids, spec) for batch in missing if not stop.requested)
     storing: Future[None] | None = None
-    stopped = False
     with ThreadPoolExecutor(max_workers=1) as checker:
-        for batch in batches:
-            if book.has_all((task.problem.id, number) for task in batch.tasks for number in batch.samples):
-                continue
-            if stop.requested:
-                stopped = True
-                break
-            answers = _sample(engine, stop_ids, batch, spec)
+        for batch, groups in zip(missing, sampled, strict=False):
             if storing is not None:
                 storing.result()
-            storing = checker.submit(book.add, answers)
+            storing = checker.submit(book.add, _answers(batch, groups))
+            left -= 1
     if storing is not None:
         storing.result()
-    return stopped
+    return left > 0
 
 
-def _sample(engine: Engine, stop_ids: list[int], batch: Batch, spec: EvaluateSpec) -> list[Answer]:
-    """The answers of a batch, problem by problem."""
+def _call(batch: Batch, stop_ids: list[int], spec: EvaluateSpec) -> dict[str, Any]:
     sampling = spec.sampling
-    groups = engine.generate(
-        [task.ids for task in batch.tasks],
-        n=batch.count,
-        temperature=sampling.temperature,
-        top_p=sampling.top_p,
-        top_k=sampling.top_k,
-        max_new_tokens=sampling.max_completion_length,
-        stop_ids=stop_ids,
-        seed=batch.seed,
-    )
+    return {
+        "prompts": [task.ids for task in batch.tasks],
+        "n": batch.count,
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": sampling.top_k,
+        "max_new_tokens": sampling.max_completion_length,
+        "stop_ids": stop_ids,
+        "seed": batch.seed,
+    }
+
+
+def _answers(batch: Batch, groups: list[list[Sample]]) -> list[Answer]:
+    """The answers of a batch, problem by problem."""
     return [
         Answer(task.problem, task.group, number, sample)
         for task, group in zip(batch.tasks, groups, strict=True)

@@ -1,8 +1,8 @@
 """What an engine is: prompts as token ids in, sampled answers out."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,13 @@ class Engine(Protocol):
 
         Raises:
             ValueError: an empty prompt, or a bound below 1.
+        """
+        ...
+
+    def generate_each(self, calls: Iterable[Mapping[str, Any]]) -> Iterator[list[list[Sample]]]:
+        """What :meth:`generate` gives for the arguments of each call, all of them named, in order.
+
+        An engine may ask for later calls before it gives the answers of an earlier one, to keep its batch full.
         """
         ...
 

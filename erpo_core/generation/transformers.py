@@ -5,7 +5,7 @@ once for all; the key-value cache is repeated for the n answers and grows in pla
 batch.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -52,6 +52,10 @@ class TransformersEngine:
         ends = set(stop_ids)
         samples = [Sample(row, row[-1] in ends) for row in tokens]
         return [samples[start : start + n] for start in range(0, len(samples), n)]
+
+    def generate_each(self, calls: Iterable[Mapping[str, Any]]) -> Iterator[list[list[Sample]]]:
+        """One call after the other."""
+        return (self.generate(**call) for call in calls)
 
     def _decode(
         self,

@@ -7,8 +7,10 @@ import importlib.util
 import math
 import os
 import random
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +33,8 @@ class VLLMEngine:
     """Samples from a model folder, with one LoRA adapter at a time on it or none.
 
     On the CPU a request cannot have a generator of its own ("CPU Generator does not use offset"): the global one is
-    seeded around each call and put back afterwards, so that an answer depends on the whole call. On CUDA each answer
-    has its seed. Either way the prefix cache starts empty: what was sampled before changes nothing.
+    seeded around each call and put back afterwards, and the prefix cache starts empty, so that an answer depends on its
+    call and on nothing before it. On CUDA each answer has its seed, and a call may begin while another drains.
 
     Args:
         model_path: folder with config, tokenizer and safetensors.
@@ -42,6 +44,7 @@ class VLLMEngine:
         max_lora_rank: highest rank of an adapter; None: no adapter is ever loaded.
         logps: whether samples carry log-probabilities.
         gpu_memory_utilization: share of the device's memory that is vLLM's (CUDA).
+        overlap_calls: whether :meth:`generate_each` begins a call while another drains; None: on CUDA.
 
     Raises:
         RunError: ``engine_unavailable``: vLLM is not installed, or does not start with these settings.
@@ -58,13 +61,16 @@ class VLLMEngine:
         tensor_parallel_size: int = 1,
         logps: bool = False,
         gpu_memory_utilization: float = 0.9,
+        overlap_calls: bool | None = None,
     ) -> None:
         _require_vllm()
         self._on_cuda = torch.cuda.is_available()
+        self._overlaps = self._on_cuda if overlap_calls is None else overlap_calls
         self._logps = logps
         self._max_model_len = max_model_len
         self._adapter: Any = None
         self._versions = 0
+        self._num_requests = 0
         settings: dict[str, Any] = {
             "model": str(model_path),
             "dtype": dtype,
@@ -105,26 +111,47 @@ class VLLMEngine:
         Raises:
             ValueError: as there, or a prompt leaves no room for its answer in ``max_model_len``.
         """
-        if not prompts:
-            return []
-        check_call(prompts, n, max_new_tokens)
-        if max(map(len, prompts)) + max_new_tokens > self._max_model_len:
-            raise ValueError(f"generate: prompt and max_new_tokens exceed max_model_len ({self._max_model_len})")
-        sampling = Sampling(temperature, top_p, top_k)
-        draws = 1 if temperature == 0 else n  # vLLM refuses n greedy answers, which are all the same
-        params = self._params(sampling, draws, max_new_tokens, stop_ids)
+        call = self._call(prompts, n, temperature, top_p, top_k, max_new_tokens, stop_ids, seed)
         # A trainer's autocast would reach into vLLM's layers where both share a process.
         with _seeded(seed), torch.autocast("cpu", enabled=False):
             self._llm.reset_prefix_cache()
-            outputs = self._llm.generate(
-                [{"prompt_token_ids": list(prompt)} for prompt in prompts],
-                [self._with_seed(params, seed, index) for index in range(len(prompts))],
-                use_tqdm=False,
-                lora_request=self._adapter,
-            )
-        ends = set(stop_ids)
-        groups = [[_sample(answer, ends) for answer in output.outputs] for output in outputs]
-        return [group * n if draws < n else group for group in groups]
+            return next(self._serve(iter([call])))
+
+    def generate_each(self, calls: Iterable[Mapping[str, Any]]) -> Iterator[list[list[Sample]]]:
+        """As :class:`erpo_core.generation.base.Engine` says: on CUDA the batch stays full from call to call."""
+        if not self._overlaps:
+            return (self.generate(**call) for call in calls)
+        self._llm.reset_prefix_cache()
+        return self._serve(self._call(**call) for call in calls)
+
+    def _serve(self, calls: Iterator["_Call"]) -> Iterator[list[list[Sample]]]:
+        """Take in calls while fewer answers are open than the engine decodes at a time; give them back in order."""
+        engine = self._llm.llm_engine
+        room = engine.vllm_config.scheduler_config.max_num_seqs
+        taken: deque[_Call] = deque()
+        places: dict[str, tuple[_Call, int]] = {}
+        try:
+            while True:
+                while engine.get_num_unfinished_requests() < room and (call := next(calls, None)) is not None:
+                    taken.append(call)
+                    places |= {self._submit(*request): (call, i) for i, request in enumerate(call.requests)}
+                while taken and None not in taken[0].outputs:
+                    yield taken.popleft().groups()
+                if not taken:
+                    return
+                for output in engine.step():
+                    if output.finished:
+                        call, index = places.pop(output.request_id)
+                        call.outputs[index] = output
+        finally:
+            if places:
+                engine.abort_request(list(places))
+
+    def _submit(self, prompt: list[int], params: Any) -> str:
+        self._num_requests += 1
+        name = str(self._num_requests)
+        self._llm.llm_engine.add_request(name, {"prompt_token_ids": prompt}, params, lora_request=self._adapter)
+        return name
 
     def load_adapter(self, folder: Path) -> None:
         """Answers come from the base with this adapter on, from now on; the adapter before it is dropped.
@@ -175,30 +202,63 @@ class VLLMEngine:
 
             cleanup_dist_env_and_memory()  # the next engine of this process could not start otherwise
 
-    def _params(self, sampling: Sampling, n: int, max_new_tokens: int, stop_ids: Sequence[int]) -> Any:
+    def _call(
+        self,
+        prompts: Sequence[Sequence[int]],
+        n: int,
+        temperature: float,
+        top_p: float,
+        top_k: int,
+        max_new_tokens: int,
+        stop_ids: Sequence[int],
+        seed: int,
+    ) -> "_Call":
         from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
 
-        return SamplingParams(
-            n=n,
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            top_k=sampling.top_k,
-            max_tokens=max_new_tokens,
-            stop_token_ids=sorted(set(stop_ids)),
-            ignore_eos=True,  # what ends an answer is stop_ids alone
-            detokenize=False,
-            logprobs=0 if self._logps and sampling.is_whole else None,  # 0: of the chosen token only
-        )
+        check_call(prompts, n, max_new_tokens)
+        if max(map(len, prompts), default=0) + max_new_tokens > self._max_model_len:
+            raise ValueError(f"generate: prompt and max_new_tokens exceed max_model_len ({self._max_model_len})")
+        greedy = temperature == 0
+        own_seeds = self._on_cuda and not greedy
+        params = [
+            SamplingParams(
+                n=1 if greedy else n,  # vLLM refuses n greedy answers, which are all the same
+                temperature=temperature,
+                top_p=top_p,
+                top_k=top_k,
+                seed=(seed + index * _SEED_STRIDE) % 2**62 if own_seeds else None,
+                max_tokens=max_new_tokens,
+                stop_token_ids=sorted(set(stop_ids)),
+                ignore_eos=True,  # what ends an answer is stop_ids alone
+                detokenize=False,
+                output_kind=RequestOutputKind.FINAL_ONLY,
+                logprobs=0 if self._logps and Sampling(temperature, top_p, top_k).is_whole else None,
+            )
+            for index in range(len(prompts))
+        ]
+        return _Call(list(zip(map(list, prompts), params, strict=True)), n, frozenset(stop_ids))
 
-    def _with_seed(self, params: Any, seed: int, index: int) -> Any:
-        if not self._on_cuda or params.temperature == 0:
-            return params
-        own = params.clone()
-        own.seed = (seed + index * _SEED_STRIDE) % 2**62
-        return own
+
+@dataclass
+class _Call:
+    """The requests of a call, one a prompt, and vLLM's outputs in their places."""
+
+    requests: list[tuple[list[int], Any]]
+    n: int
+    ends: frozenset[int]
+    outputs: list[Any] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.outputs = [None] * len(self.requests)
+
+    def groups(self) -> list[list[Sample]]:
+        """n samples a prompt, once every output is there."""
+        groups = [[_sample(answer, self.ends) for answer in output.outputs] for output in self.outputs]
+        return [group * (self.n // len(group)) for group in groups]
 
 
-def _sample(answer: Any, ends: set[int]) -> Sample:
+def _sample(answer: Any, ends: frozenset[int]) -> Sample:
     tokens = list(answer.token_ids)
     logps = None
     if answer.logprobs is not None:

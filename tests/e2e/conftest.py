@@ -104,5 +104,5 @@ def stack(tmp_path, model_root):
 def shared_stack(tmp_path_factory):
     """A stack that serves all tests of a module."""
     stack = Stack(tmp_path_factory.mktemp("shared") / "data")
-    yield stack.start()
+    yield stack.start(300)
     stack.end()

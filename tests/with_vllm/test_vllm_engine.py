@@ -93,6 +93,23 @@ def test_greedy_answers_are_those_of_transformers(ask, loaded, prompts):
     assert found[0][0].logps is None
 
 
+def test_calls_are_answered_in_order_while_the_next_one_has_begun(engine, ask, loaded, prompts, monkeypatch):
+    expected = ids(ask(temperature=0))
+    monkeypatch.setattr(engine, "_overlaps", True)
+    asked = []
+
+    def calls():
+        for prompt in prompts:
+            asked.append(prompt)
+            settings = {"n": 2, "temperature": 0, "top_p": 1.0, "top_k": 0, "max_new_tokens": 12, "seed": 7}
+            yield settings | {"prompts": [prompt], "stop_ids": stop_token_ids(loaded[1])}
+
+    answers = engine.generate_each(calls())
+    assert ids([*next(answers)]) == expected[:1]
+    assert len(asked) == 3
+    assert [ids(groups) for groups in answers] == [[group] for group in expected[1:]]
+
+
 def test_an_answer_ends_with_any_of_the_stop_tokens_and_with_nothing_else(ask, loaded, prompts):
     whole = ask(temperature=0, max_new_tokens=20, stop_ids=[])[0][0]
     assert not whole.finished
