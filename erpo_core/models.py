@@ -139,16 +139,22 @@ def _locked(path: Path):
 
 def load_model(path: Path, *, dtype: Any, device: str = "cpu") -> tuple[Any, Any]:
     """Model and tokenizer of a safetensors folder. Remote code and pickles are never loaded."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True, trust_remote_code=False)
+    return model.to(device), load_tokenizer(path)
+
+
+def load_tokenizer(path: Path) -> Any:
+    """The tokenizer of a model folder, with a padding token, padding on the left."""
+    from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True, trust_remote_code=False)
-    model = model.to(device)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "left"
     tokenizer.clean_up_tokenization_spaces = False  # it would change what byte-level tokens say
-    return model, tokenizer
+    return tokenizer
 
 
 def load_policy(inputs: JobInputs, *, dtype=None, device: str | None = None, trainable: bool = False):
@@ -158,20 +164,48 @@ def load_policy(inputs: JobInputs, *, dtype=None, device: str | None = None, tra
         (model, tokenizer, info); info: ``base``, ``model_path``, ``model_digest``, ``adapter_digest``,
         ``tokenizer_digest``, ``dtype``, ``device``.
     """
-    import torch
-
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = dtype or (torch.bfloat16 if device == "cuda" else torch.float32)
+    device = device or default_device()
+    dtype = dtype or default_dtype(device)
     path = prepare_model(inputs.model.base, cache_dir=inputs.cache_dir, model_roots=inputs.model_roots)
     model, tokenizer = load_model(path, dtype=dtype, device=device)
-    adapter = inputs.model.adapter_path
+    adapter = adapter_folder(inputs)
     if adapter is not None:
         from peft import PeftModel
 
-        if not (adapter / "adapter_model.safetensors").is_file():  # PEFT would fall back to a pickle
-            raise RunError(f"{adapter} holds no adapter_model.safetensors", code="checkpoint_missing")
         model = PeftModel.from_pretrained(model, adapter, is_trainable=trainable)
-    info = {
+    return model, tokenizer, policy_info(inputs, path, dtype=dtype, device=device)
+
+
+def default_device() -> str:
+    """CUDA where there is one."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def default_dtype(device: str) -> Any:
+    """bfloat16 on CUDA, float32 on the CPU."""
+    import torch
+
+    return torch.bfloat16 if device == "cuda" else torch.float32
+
+
+def adapter_folder(inputs: JobInputs) -> Path | None:
+    """Where the job's adapter lies, if it has one.
+
+    Raises:
+        RunError: ``checkpoint_missing``: the folder holds no safetensors; PEFT would fall back to a pickle.
+    """
+    adapter = inputs.model.adapter_path
+    if adapter is not None and not (adapter / "adapter_model.safetensors").is_file():
+        raise RunError(f"{adapter} holds no adapter_model.safetensors", code="checkpoint_missing")
+    return adapter
+
+
+def policy_info(inputs: JobInputs, path: Path, *, dtype: Any, device: str) -> dict[str, Any]:
+    """What a policy is made of; see :func:`load_policy`."""
+    adapter = inputs.model.adapter_path
+    return {
         "base": inputs.model.base,
         "model_path": str(path),
         "model_digest": folder_digest(path, "*.safetensors"),
@@ -180,7 +214,6 @@ def load_policy(inputs: JobInputs, *, dtype=None, device: str | None = None, tra
         "dtype": str(dtype).removeprefix("torch."),
         "device": device,
     }
-    return model, tokenizer, info
 
 
 def folder_digest(folder: Path, pattern: str) -> str:

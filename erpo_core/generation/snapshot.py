@@ -43,6 +43,9 @@ class PolicySnapshot:
         base = policy.get_base_model()
         shared = {id(tensor): tensor for tensor in (*base.parameters(), *base.buffers())}
         self.model = copy.deepcopy(base, shared).eval()
+        for module in self.model.modules():
+            # What TRL or accelerate put over a method still calls the module that was copied.
+            module.__dict__.pop("forward", None)
         self._adapted: list[tuple[Any, StreamedLinear]] = []
         for name, module in base.named_modules():
             if hasattr(module, "get_delta_weight"):

@@ -5,33 +5,16 @@ once for all; the key-value cache is repeated for the n answers and grows in pla
 batch.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from erpo_core.generation.base import Sample, Sampling, check_call
 from erpo_core.generation.cache import roomy_cache
 from erpo_core.prefill import pad_prompts, prefill
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One answer. ``token_ids`` include the stop token if there is one; ``finished`` is False at the length limit."""
-
-    token_ids: list[int]
-    finished: bool
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How a token is drawn. ``temperature`` 0 is greedy, ``top_k`` 0 keeps the whole vocabulary."""
-
-    temperature: float
-    top_p: float = 1.0
-    top_k: int = 0
 
 
 class TransformersEngine:
@@ -62,14 +45,17 @@ class TransformersEngine:
         """
         if not prompts:
             return []
-        if min(len(prompt) for prompt in prompts) < 1 or n < 1 or max_new_tokens < 1:
-            raise ValueError("generate: prompts must hold a token, n and max_new_tokens must be 1 or more")
+        check_call(prompts, n, max_new_tokens)
         sampling = Sampling(temperature, top_p, top_k)
         with torch.no_grad(), _evaluating(self.model):
-            tokens = self._decode(prompts, n, sampling, max_new_tokens, stop_ids, seed)
+            answers = self._decode(prompts, n, sampling, max_new_tokens, stop_ids, seed)
         ends = set(stop_ids)
-        samples = [Sample(row, row[-1] in ends) for row in tokens]
+        samples = [Sample(row, row[-1] in ends, logps) for row, logps in zip(*answers, strict=True)]
         return [samples[start : start + n] for start in range(0, len(samples), n)]
+
+    def generate_each(self, calls: Iterable[Mapping[str, Any]]) -> Iterator[list[list[Sample]]]:
+        """One call after the other."""
+        return (self.generate(**call) for call in calls)
 
     def _decode(
         self,
@@ -79,8 +65,8 @@ class TransformersEngine:
         max_new_tokens: int,
         stop_ids: Sequence[int],
         seed: int,
-    ) -> list[list[int]]:
-        """Token ids of all B = len(prompts) * n answers, prompt by prompt."""
+    ) -> tuple[list[list[int]], list[list[float]] | list[None]]:
+        """Token ids of all B = len(prompts) * n answers, prompt by prompt, and their log-probabilities."""
         device = self.model.device
         padded_prompts = pad_prompts(prompts, self.tokenizer.pad_token_id or 0, device)
         start = prefill(self.model, padded_prompts, cache=roomy_cache(self.model.config), logits_to_keep=1)
@@ -95,12 +81,17 @@ class TransformersEngine:
         total = len(prompts) * n
         alive = torch.arange(total, device=device)  # which answer a row of the batch is
         answers: list[list[int]] = [[] for _ in range(total)]
+        logps: list[list[float]] = [[] for _ in range(total)]
         for step in range(max_new_tokens):
             # One number for every answer at every step, the ended ones too: nobody's draw depends on the others' ends.
             uniform = torch.rand(total, generator=generator, dtype=torch.float64).to(device)[alive]
             chosen = self._choose(draw(logits, sampling, uniform), alive, step)
-            for answer, token in zip(alive.tolist(), chosen.tolist(), strict=True):
+            given = (
+                logps_of(logits, chosen, sampling.temperature).tolist() if sampling.is_whole else [None] * len(alive)
+            )
+            for answer, token, logp in zip(alive.tolist(), chosen.tolist(), given, strict=True):
                 answers[answer].append(token)
+                logps[answer].append(logp)
             going = ~torch.isin(chosen, stops)
             if step + 1 == max_new_tokens or not bool(going.any()):
                 break
@@ -110,7 +101,7 @@ class TransformersEngine:
                 alive, chosen, mask = alive[kept], chosen[kept], mask[kept]
             mask = torch.cat([mask, mask.new_ones(len(alive), 1)], dim=1)
             logits = self._step(chosen, cache, mask, padded)
-        return answers
+        return answers, logps if sampling.is_whole else [None] * total
 
     def _choose(self, drawn: Tensor, alive: Tensor, step: int) -> Tensor:
         """The tokens (B,) that answers ``alive`` (B,) get at ``step``; a subclass may want others than those drawn."""
@@ -143,6 +134,12 @@ def draw(logits: Tensor, sampling: Sampling, uniform: Tensor) -> Tensor:
     cumulative = probs.double().cumsum(dim=-1)
     # The first token whose cumulative probability exceeds the draw, so never one of probability 0.
     return torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True).squeeze(1)
+
+
+def logps_of(logits: Tensor, chosen: Tensor, temperature: float) -> Tensor:
+    """(B,) log-probabilities of the tokens under the whole distribution that they were drawn from."""
+    scaled = logits.float() / temperature
+    return scaled.gather(1, chosen[:, None]).squeeze(1) - scaled.logsumexp(1)
 
 
 def _nucleus(probs: Tensor, top_p: float) -> Tensor:

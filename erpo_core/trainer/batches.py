@@ -35,6 +35,8 @@ class MicroBatch:
     rewards: Tensor
     outcomes: Tensor
     finished: Tensor
+    engine_logps: list[list[float] | None]
+    """The sampling engine's log-probabilities of each answer's tokens, where it gives them."""
     lengths: list[int]
     examples: list[dict[str, Any]]
     completions: list[str]

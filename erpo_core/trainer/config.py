@@ -55,6 +55,7 @@ class ERPOConfig(GRPOConfig):
     loss_type: str = "erpo"
     scale_rewards: str = "group"
     use_bias_correction_kl: bool = False
+    vllm_importance_sampling_correction: bool = False
     disable_dropout: bool = True
     gradient_checkpointing: bool = False
     bf16: bool | None = None
@@ -75,7 +76,10 @@ class ERPOConfig(GRPOConfig):
             ("scale_rewards", "group", "ERPO's group advantage is eq. 3"),
             ("use_liger_kernel", False, "the head is scored by erpo_core.logits"),
             ("sync_ref_model", False, "the reference is the policy that training started from"),
-            ("use_vllm", False, "generation is erpo_core's transformers engine"),
+            ("vllm_mode", "colocate", "vLLM runs beside the trainer"),
+            ("vllm_tensor_parallel_size", 1, "vLLM shares the trainer's device"),
+            ("vllm_enable_sleep_mode", False, "vLLM keeps its share of the memory"),
+            ("vllm_importance_sampling_correction", False, "the difference of the log-probs is logged, not corrected"),
             ("multi_objective_aggregation", "sum_then_normalize", "it changes eq. 3"),
             ("mask_truncated_completions", False, "truncated responses count as the rewards say"),
             ("off_policy_mask_threshold", None, "it tests the sign of a sequence's advantage"),
@@ -87,8 +91,8 @@ class ERPOConfig(GRPOConfig):
             ("min_p", None, "the sampler has temperature, top_p and top_k"),
             ("repetition_penalty", 1.0, "the scored distribution would not be the sampled one"),
             ("generation_kwargs", None, "the sampler has temperature, top_p and top_k"),
-            ("use_transformers_continuous_batching", False, "generation is erpo_core's transformers engine"),
-            ("use_transformers_paged", False, "generation is erpo_core's transformers engine"),
+            ("use_transformers_continuous_batching", False, "sampling is erpo_core.generation's"),
+            ("use_transformers_paged", False, "sampling is erpo_core.generation's"),
             ("cast_lm_head_to_fp32", False, "logits are float32 anyway"),
             ("fp16", False, "use bf16"),
             ("eval_strategy", "no", "evaluate with erpo_core.evaluation"),

@@ -52,6 +52,9 @@ PASSED_THROUGH = (
     "top_p",
     "trace_every",
     "trace_groups",
+    "use_vllm",
+    "vllm_gpu_memory_utilization",
+    "vllm_mode",
     "warmup_steps",
     "weight_decay",
 )
@@ -129,6 +132,7 @@ def make_config(spec: GrpoTrainSpec, output_dir: Path, *, bf16: bool) -> ERPOCon
         disable_tqdm=True,
         save_strategy="steps",
         dataloader_pin_memory=False,
+        vllm_max_model_length=spec.max_length,
         **values,
     )
 

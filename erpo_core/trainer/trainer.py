@@ -18,8 +18,7 @@ from torch.nn.functional import pad
 from trl import GRPOTrainer
 
 from erpo_core.advantages import ERPOSignals, erpo_advantages
-from erpo_core.generation.snapshot import PolicySnapshot
-from erpo_core.generation.transformers import Sample, TransformersEngine
+from erpo_core.generation.base import Engine, Sample
 from erpo_core.logits import TokenScores
 from erpo_core.loss import LossTerms, erpo_loss, response_weights, top_entropy_mask
 from erpo_core.memory import SMALL_MODEL
@@ -32,6 +31,7 @@ from erpo_core.trainer.guards import SaveAtBoundaries, SkipNonFinite
 from erpo_core.trainer.noise import measure_noise
 from erpo_core.trainer.reference import Reference
 from erpo_core.trainer.sampler import EpochSampler
+from erpo_core.trainer.sampling import logp_differences, make_sampler
 from erpo_core.trainer.saving import WholeCheckpoints
 from erpo_core.trainer.scoring import (
     Rollouts,
@@ -73,17 +73,20 @@ class ERPOTrainer(WholeCheckpoints, GRPOTrainer):
         self._totals = Totals()
         self._entropy_sums = [0.0, 0.0, 0.0]
         self._noise_step = -1
-        self._snapshot: PolicySnapshot | None = None
         # TRL would load a reference by the model's name, or none at all where beta is 0; ERPO always needs its own.
-        kept = {"loss_type": args.loss_type, "beta": args.beta}
-        args.loss_type, args.beta = "bnpo", 0.0
+        # Its vLLM merges the adapter into the base, which is our reference.
+        kept = {"loss_type": args.loss_type, "beta": args.beta, "use_vllm": args.use_vllm}
+        args.loss_type, args.beta, args.use_vllm = "bnpo", 0.0, False
         try:
             super().__init__(model=model, reward_funcs=reward_funcs, args=args, **kwargs)
         finally:
-            args.loss_type, args.beta = kept["loss_type"], kept["beta"]
+            args.loss_type, args.beta, args.use_vllm = kept["loss_type"], kept["beta"], kept["use_vllm"]
         self.beta = args.beta
         self._check_layout()
         self._reference = Reference(self._policy)
+        self._engine_of = make_sampler(
+            args, self._policy, self.processing_class, num_processes=self.accelerator.num_processes
+        )
         self._scores_in_float32 = self._resolve_scoring_dtype() == "float32"
         self.add_callback(SkipNonFinite(self))
         self.add_callback(SaveAtBoundaries())
@@ -121,7 +124,7 @@ class ERPOTrainer(WholeCheckpoints, GRPOTrainer):
         with self._timed("generate"):
             found = self.sample([list(ids) for ids in prompt_ids[::groups]], groups, seed=self._generation_seed())
         samples = [sample for group in found for sample in group]
-        self._finished = [sample.finished for sample in samples]
+        self._samples = samples
         return [sample.token_ids for sample in samples], None
 
     def sample(self, prompts: list[list[int]], n: int, *, seed: int) -> list[list[Sample]]:
@@ -138,14 +141,9 @@ class ERPOTrainer(WholeCheckpoints, GRPOTrainer):
                 seed=seed,
             )
 
-    def _engine(self) -> TransformersEngine:
+    def _engine(self) -> Engine:
         """Samples from the policy as it is now."""
-        if self._snapshot is None and PolicySnapshot.suits(self._policy):
-            self._snapshot = PolicySnapshot(self._policy)
-        if self._snapshot is None:
-            return TransformersEngine(self._policy, self.processing_class)
-        self._snapshot.refresh()
-        return TransformersEngine(self._snapshot.model, self.processing_class)
+        return self._engine_of(self._policy)
 
     def _generation_seed(self) -> int:
         """A seed of its own for each generation: a resumed run samples what the run never stopped would have."""
@@ -198,7 +196,8 @@ class ERPOTrainer(WholeCheckpoints, GRPOTrainer):
                     weights=weights[part],
                     rewards=rewards[part],
                     outcomes=per_function[part, self._outcome_index()],
-                    finished=torch.tensor(self._finished[part]),
+                    finished=torch.tensor([sample.finished for sample in self._samples[part]]),
+                    engine_logps=[sample.logps for sample in self._samples[part]],
                     lengths=[len(ids) for ids in completion_ids[part]],
                     examples=examples[part],
                     completions=[_text(completion) for completion in completions[part]],
@@ -411,6 +410,9 @@ class ERPOTrainer(WholeCheckpoints, GRPOTrainer):
 
     def _record(self, batch: MicroBatch, scored: Scored, terms: LossTerms) -> None:
         measures.count_batch(self._totals, batch, scored, terms)
+        apart = logp_differences(batch.engine_logps, scored.logps, batch.rollouts.mask)
+        self._totals.add_values("sampling/logp_difference_mean", apart)
+        self._totals.peak("sampling/logp_difference_max", apart.max().item() if len(apart) else float("nan"))
         whole = len(batch.rewards) % self.num_generations == 0
         if whole and self.args.algorithm == "erpo":
             applied = scored.advantages.masked_fill(terms.clipped_low | terms.clipped_high, 0.0)

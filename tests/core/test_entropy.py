@@ -165,7 +165,8 @@ def test_progress_of_an_adapter_is_its_distance_to_the_base(tiny, tmp_path):
         before, after = decode_trace(plain.payload), decode_trace(trained.payload)
         assert "progress" not in before
         assert np.abs(after["progress"]).max() > 0.01
-        np.testing.assert_allclose(after["progress"], after["logp"] - before["logp"], atol=1e-4)
+        # The log-probabilities are stored as float16, spaced by up to 0.008; the progress is a channel of its own.
+        np.testing.assert_allclose(after["progress"], after["logp"] - before["logp"], atol=0.01)
 
 
 def test_special_tokens_are_never_pivots_and_not_counted(tiny):

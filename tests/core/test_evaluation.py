@@ -89,16 +89,16 @@ def test_every_answer_is_recorded_once_and_counted(home):
 
 @pytest.mark.parametrize("lost", [0, 2])
 def test_an_interrupted_evaluation_ends_with_the_same_answers(home, lost):
-    whole = Memory()
-    expected = run_evaluation(spec(home), inputs(home), whole, whole)
+    whole, body = Memory(), spec(home, batch_size=3)
+    expected = run_evaluation(body, inputs(home), whole, whole)
     first = Memory(stop_after=2)
-    assert run_evaluation(spec(home), inputs(home), first, first) == {"stopped": True}
+    assert run_evaluation(body, inputs(home), first, first) == {"stopped": True}
     assert first.of(Result) == []
     kept = first.rows[: len(first.rows) - lost]
     names = ("prompt_id", "sample", "completion", "verdict", "boxed", "truncated", "num_tokens")
     stored = tuple({name: row[name] for name in names} for row in kept)
     second = Memory()
-    assert run_evaluation(spec(home), inputs(home, stored_rows=stored), second, second) == expected
+    assert run_evaluation(body, inputs(home, stored_rows=stored), second, second) == expected
     assert in_order([*kept, *second.rows]) == in_order(whole.rows)
 
 

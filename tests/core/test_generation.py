@@ -4,8 +4,12 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from transformers import AutoModelForCausalLM  # noqa: E402
+
+from erpo_core.generation.base import Sampling  # noqa: E402
 from erpo_core.generation.cache import RoomyLayer  # noqa: E402
-from erpo_core.generation.transformers import Sampling, TransformersEngine, draw  # noqa: E402
+from erpo_core.generation.snapshot import PolicySnapshot, StreamedLinear  # noqa: E402
+from erpo_core.generation.transformers import TransformersEngine, draw  # noqa: E402
 from erpo_core.models import load_model  # noqa: E402
 from erpo_core.prefill import pad_prompts  # noqa: E402
 from tiny_model import make_tiny_model  # noqa: E402
@@ -46,7 +50,7 @@ def test_fan_out_equals_repeated_prompts(tiny, engine):
     common = {"temperature": 1.0, "max_new_tokens": 20, "stop_ids": [2, 50, 60, 70], "seed": 3}
     fanned = engine.generate(prompts, n=4, **common)
     repeated = engine.generate([prompt for prompt in prompts for _ in range(4)], n=1, **common)
-    assert [sample for group in fanned for sample in group] == [group[0] for group in repeated]
+    assert [sample.token_ids for group in fanned for sample in group] == [group[0].token_ids for group in repeated]
     assert len({tuple(sample.token_ids) for sample in fanned[0]}) > 1
 
 
@@ -158,3 +162,64 @@ def test_an_empty_prompt_is_refused_and_no_prompt_gives_nothing(engine):
     assert engine.generate([], n=2, max_new_tokens=4, stop_ids=[2]) == []
     with pytest.raises(ValueError, match="prompts"):
         engine.generate([[]], max_new_tokens=4, stop_ids=[2])
+
+
+def adapted(path, **changes):
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(1)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    settings = {"r": 4, "target_modules": "all-linear", "init_lora_weights": False} | changes
+    return get_peft_model(model, LoraConfig(**settings)).eval()
+
+
+def test_a_snapshot_samples_what_the_policy_samples_and_leaves_its_base_alone(tiny):
+    policy = adapted(tiny[0])
+    before = {name: parameter.clone() for name, parameter in policy.named_parameters()}
+    # As TRL does: a method of the instance that still means the instance after a copy.
+    base = policy.get_base_model()
+    base.forward = lambda *given, forward=base.forward, **named: forward(*given, **named)
+    snapshot = PolicySnapshot(policy)
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            if parameter.requires_grad:
+                parameter += 0.05
+                before |= {name: p.clone() for name, p in policy.named_parameters() if p is parameter}
+    snapshot.refresh()
+    ids = torch.tensor([encoded(tiny[1])[0]])
+    torch.testing.assert_close(snapshot.model(ids).logits, policy(ids).logits, atol=1e-4, rtol=1e-4)
+    with policy.disable_adapter():
+        assert (snapshot.model(ids).logits - policy(ids).logits).abs().max() > 1e-2
+    common = {"temperature": 1.0, "max_new_tokens": 12, "stop_ids": [2, 50, 60], "seed": 3}
+    prompts = encoded(tiny[1])
+    answers = [TransformersEngine(m, tiny[1]).generate(prompts, n=7, **common) for m in (policy, snapshot.model)]
+    ids_of = [[sample.token_ids for group in groups for sample in group] for groups in answers]
+    assert ids_of[0] == ids_of[1]
+    assert all(torch.equal(parameter, before[name]) for name, parameter in policy.named_parameters())
+
+
+@pytest.mark.parametrize("rows", [1, 3, 9, 16, 17, 64, 65])
+def test_a_streamed_linear_is_a_linear(rows):
+    plain = torch.nn.Linear(24, 40)
+    streamed = StreamedLinear(plain.weight, plain.bias)
+    states = torch.randn(rows, 1, 24)
+    torch.testing.assert_close(streamed(states), plain(states), atol=1e-5, rtol=1e-5)
+
+
+def test_only_plain_lora_in_float32_has_a_snapshot(tiny):
+    assert PolicySnapshot.suits(adapted(tiny[0]))
+    assert not PolicySnapshot.suits(adapted(tiny[0], use_dora=True))
+    assert not PolicySnapshot.suits(adapted(tiny[0]).bfloat16())
+    assert not PolicySnapshot.suits(AutoModelForCausalLM.from_pretrained(tiny[0]))
+
+
+def test_the_engines_own_log_probabilities_are_those_of_the_model(tiny, engine):
+    prompt = encoded(tiny[1])[0]
+    (group,) = engine.generate([prompt], n=2, temperature=0.7, max_new_tokens=9, stop_ids=[2], seed=1)
+    for sample in group:
+        ids = torch.tensor([prompt + sample.token_ids])
+        logps = (engine.model(ids).logits[0, len(prompt) - 1 : -1] / 0.7).log_softmax(1)
+        expected = logps.gather(1, torch.tensor(sample.token_ids)[:, None]).squeeze(1)
+        torch.testing.assert_close(torch.tensor(sample.logps), expected, atol=1e-4, rtol=1e-4)
+    (cut,) = engine.generate([prompt], n=1, top_k=3, max_new_tokens=3, stop_ids=[2])
+    assert cut[0].logps is None

@@ -98,3 +98,11 @@ def stack(tmp_path, model_root):
     stack = Stack(tmp_path / "a data dir", ERPO_MODEL_ROOTS=json.dumps([str(model_root)]))
     yield stack
     stack.end()
+
+
+@pytest.fixture(scope="module")
+def shared_stack(tmp_path_factory):
+    """A stack that serves all tests of a module."""
+    stack = Stack(tmp_path_factory.mktemp("shared") / "data")
+    yield stack.start(300)
+    stack.end()

@@ -1,0 +1,30 @@
+"""Mixed into vLLM's worker (``worker_extension_cls``): says which adapter it really holds."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor
+
+from erpo_core.generation.adapters import digest_of, scaled_pairs
+
+
+class AdapterReport:
+    """What ``LLM.collective_rpc`` can ask a worker."""
+
+    def held_adapter_digest(self, adapter_id: int) -> str | None:
+        """Digest of the tensors under this number; None if there is no such adapter."""
+        held = self.model_runner.lora_manager._adapter_manager.get_adapter(adapter_id)
+        if held is None:
+            return None
+        pairs = [pair for weights in held.loras.values() for pair in _pairs(weights)]
+        return digest_of(scaled_pairs(pairs, pairs[0][0].dtype))
+
+
+def _pairs(weights: Any) -> Iterator[tuple[Tensor, Tensor, float]]:
+    """(A, B, the scale that is not in B yet) of a module, or of each of the modules that vLLM packs into one."""
+    if not weights.is_packed:
+        yield weights.lora_a, weights.lora_b, weights.scaling
+        return
+    for down, up, scale in zip(weights.lora_a, weights.lora_b, weights.scaling, strict=True):
+        if down is not None:
+            yield down, up, scale

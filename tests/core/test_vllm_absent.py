@@ -1,0 +1,54 @@
+"""What asks for vLLM where it is not installed, or where it cannot follow: refused by name, with the mend."""
+
+import importlib.util
+
+import pytest
+import torch
+
+from erpo_core.errors import RunError
+from erpo_core.generation.vllm import VLLMEngine
+from erpo_core.models import load_model
+from erpo_core.specs import parse_spec
+from erpo_core.trainer.config import ERPOConfig
+from erpo_core.trainer.sampling import logp_differences, make_sampler
+from tiny_model import make_tiny_model
+
+
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vLLM is installed")
+def test_without_vllm_the_extra_to_install_is_named(tmp_path):
+    with pytest.raises(RunError, match="install the extra `vllm`") as caught:
+        VLLMEngine(tmp_path, dtype="float32", max_model_len=64)
+    assert caught.value.code == "engine_unavailable"
+
+
+def test_training_every_weight_with_vllm_is_refused(tmp_path):
+    body = {"model": "smollm2-135m", "dataset": "reasoning-gym:chain_sum", "use_vllm": True}
+    assert parse_spec("train", body).vllm_mode == "colocate"
+    with pytest.raises(ValueError, match="use_vllm: vLLM is sent LoRA adapters"):
+        parse_spec("train", body | {"lora": None})
+    model, tokenizer = load_model(make_tiny_model(tmp_path / "tiny"), dtype=torch.float32)
+    config = ERPOConfig(str(tmp_path), use_vllm=True, use_cpu=True)
+    with pytest.raises(ValueError, match="use_vllm: vLLM is sent LoRA adapters"):
+        make_sampler(config, model, tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("vllm_mode", "server"),
+        ("vllm_tensor_parallel_size", 2),
+        ("vllm_enable_sleep_mode", True),
+        ("vllm_importance_sampling_correction", True),
+    ],
+)
+def test_an_option_of_trls_vllm_that_does_nothing_here_is_refused(name, value):
+    with pytest.raises(ValueError, match=name):
+        ERPOConfig("out", use_cpu=True, **{name: value})
+
+
+def test_log_probs_are_compared_on_the_tokens_that_count_and_that_the_engine_scored():
+    logps = torch.tensor([[-1.0, -2.0, 0.0], [-1.0, -1.0, -3.0], [-4.0, -4.0, -4.0]])
+    mask = torch.tensor([[True, True, False], [True, True, True], [False, False, False]])
+    given = [[-1.5, -2.0], None, [-9.0, -9.0, -9.0]]
+    assert logp_differences(given, logps, mask).tolist() == [0.5, 0.0]
+    assert logp_differences([None, None, None], logps, mask).tolist() == []

@@ -1,0 +1,94 @@
+"""Training with vLLM as the sampler, on a tiny model: the engine follows the adapter, or the run ends."""
+
+import shutil
+
+import pytest
+
+from erpo_core.errors import RunError
+from erpo_core.generation.vllm import VLLMEngine
+from erpo_core.job import JobInputs, ModelInput
+from erpo_core.records import Metrics, Resolved
+from erpo_core.specs import parse_spec
+from erpo_core.trainer.run import run_training
+from tiny_model import make_tiny_model
+
+pytestmark = pytest.mark.timeout(300)
+
+
+class Sink:
+    requested = False
+
+    def __init__(self) -> None:
+        self.records = []
+
+    def emit(self, record) -> None:
+        self.records.append(record)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return make_tiny_model(tmp_path_factory.mktemp("models") / "tiny", hidden_size=128)
+
+
+@pytest.fixture
+def train(tiny, tmp_path):
+    """Run a training of two steps; its records."""
+
+    def train(**more):
+        body = {
+            "model": str(tiny),
+            "dataset": "reasoning-gym:chain_sum?min_terms=2&max_terms=2&min_digits=1&max_digits=1&size=16&seed=3",
+            "rewards": [{"name": "boxed_format", "weight": 0.1}, {"name": "regex", "args": {"pattern": "[a-m]"}}],
+            "outcome_reward": "regex",
+            "num_generations": 4,
+            "generation_batch_size": 8,
+            "max_completion_length": 12,
+            "max_length": 400,
+            "max_steps": 2,
+            "learning_rate": 1e-2,
+            "warmup_steps": 0,
+            "lora": {"r": 4, "lora_alpha": 8},
+            "use_vllm": True,
+            **more,
+        }
+        inputs = JobInputs(
+            job_id="job_1",
+            run_id="run_1",
+            attempt=1,
+            work_dir=tmp_path / "work",
+            cache_dir=tmp_path / "cache",
+            model=ModelInput(str(tiny)),
+            model_roots=(tiny.parent,),
+        )
+        sink = Sink()
+        run_training(parse_spec("train", body), inputs, sink, sink)
+        return sink.records
+
+    return train
+
+
+def test_the_engine_samples_from_the_policy_of_each_step(train, monkeypatch):
+    digests = []
+    told = VLLMEngine.adapter_digest
+    monkeypatch.setattr(VLLMEngine, "adapter_digest", lambda self: digests.append(told(self)) or digests[-1])
+    records = train(max_steps=3)
+    assert next(record for record in records if isinstance(record, Resolved)).data["config"]["use_vllm"] is True
+    steps = [record.values for record in records if isinstance(record, Metrics) and "reward" in record.values]
+    assert len(steps) == len(set(digests)) == 3
+    for values in steps:
+        assert 0 < values["sampling/logp_difference_mean"] <= values["sampling/logp_difference_max"] < 1e-3
+        assert values["grad_norm"] > 0
+
+
+def test_a_step_on_the_adapter_of_the_step_before_is_refused(train, tmp_path, monkeypatch):
+    load, first = VLLMEngine.load_adapter, tmp_path / "first"
+
+    def load_the_first(self, folder) -> None:
+        if not first.exists():
+            shutil.copytree(folder, first)
+        load(self, first)
+
+    monkeypatch.setattr(VLLMEngine, "load_adapter", load_the_first)
+    with pytest.raises(RunError, match="version 2") as caught:
+        train()
+    assert caught.value.code == "stale_adapter"
