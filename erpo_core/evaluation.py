@@ -14,14 +14,16 @@ from typing import Any
 
 from erpo_core.data.datasets import load_problems
 from erpo_core.data.formats import Problem, problems_digest
+from erpo_core.data.golds import check_golds
 from erpo_core.errors import RunError
+from erpo_core.evaluation_identity import evaluation_identity
 from erpo_core.evaluation_summary import is_right, summarise
 from erpo_core.job import JobInputs, Stop
 from erpo_core.models import load_policy
 from erpo_core.prompts import prompt_ids, stop_token_ids, template_digest
 from erpo_core.records import Completions, Progress, Resolved, Result, Sink
 from erpo_core.rewards.answers import has_answer
-from erpo_core.rewards.verify import Verdict, Verifier
+from erpo_core.rewards.verify import Verdict, Verifier, verifier_version
 from erpo_core.specs.evaluate import EvaluateSpec
 
 _PACKAGES = ("torch", "transformers", "peft", "math-verify", "reasoning-gym")
@@ -70,6 +72,7 @@ def run_evaluation(spec: EvaluateSpec, inputs: JobInputs, sink: Sink, stop: Stop
 
     rows = [dict(row) for row in inputs.stored_rows]
     with Verifier() as verifier:
+        check_golds(problems, verifier)
         run = _Run(spec, model, tokenizer, verifier, sink)
         if run.sample_all(tasks, rows, inputs.stored, stop):
             return {"stopped": True}
@@ -144,6 +147,8 @@ class _Run:
             "prompt": task.problem.problem,
             "completion": text,
             "gold": task.problem.answer,
+            "level": None if task.problem.level is None else str(task.problem.level),
+            "subject": task.problem.subject,
             "advantage": None,
             "verdict": str(verdict),
             "boxed": has_answer(text),
@@ -205,7 +210,7 @@ def _check_room(model: Any, tasks: Sequence[Task], spec: EvaluateSpec) -> None:
 def _resolved(
     spec: EvaluateSpec, inputs: JobInputs, info: dict[str, Any], tokenizer: Any, problems: Sequence[Problem]
 ) -> dict[str, Any]:
-    return {
+    found = {
         **info,
         "dataset": spec.dataset,
         "dataset_digest": problems_digest(problems),
@@ -215,8 +220,9 @@ def _resolved(
         "stop_token_ids": stop_token_ids(tokenizer),
         "seed": spec.sampling.seed,
         "stored_answers": len(inputs.stored),
-        "versions": {name: found for name in _PACKAGES if (found := _version(name))},
+        "versions": {name: installed for name in _PACKAGES if (installed := _version(name))},
     }
+    return {**found, "identity": evaluation_identity(spec, found, verifier_version())}
 
 
 def _version(name: str) -> str | None:

@@ -1,5 +1,6 @@
 """A data set's name becomes problems.
 
+    <benchmark>?level=L&subject=S            a benchmark of :mod:`erpo_core.data.benchmarks`: ``amc23``, ``math500``, ...
     reasoning-gym:<task>?size=N&seed=S&...   procedural, made on the spot
     data:<file>.jsonl                        a file in the data root
     ds_<32 hex digits>                       an uploaded file
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
 
+from erpo_core.data.benchmarks import BENCHMARKS, known_benchmarks, read_benchmark
 from erpo_core.data.formats import Problem, read_jsonl, to_problem
 from erpo_core.data.reasoning_tasks import check_task, load_task
 from erpo_core.errors import DatasetError, RunError, SpecError, UnknownReferenceError
@@ -23,12 +25,15 @@ from erpo_core.errors import DatasetError, RunError, SpecError, UnknownReference
 _UPLOAD = re.compile(r"ds_[0-9a-f]{32}")
 _HUB_ID = re.compile(r"(?!.*\.\.)[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w.-]+)?")
 _HUB_ARGS = {"config", "split"}
-_FORMS = "`reasoning-gym:<task>?size=N&seed=S`, `data:<file>.jsonl`, an uploaded data set (`ds_...`) or a hub id"
+_FORMS = (
+    f"a benchmark ({known_benchmarks()}), `reasoning-gym:<task>?size=N&seed=S`, `data:<file>.jsonl`, an uploaded data set "
+    "(`ds_...`) or a hub id"
+)
 
 
 @dataclass(frozen=True)
 class Reference:
-    """A data set's name taken apart. ``source``: ``task``, ``file``, ``upload``, ``hub``."""
+    """A data set's name taken apart. ``source``: ``benchmark``, ``task``, ``file``, ``upload``, ``hub``."""
 
     source: str
     name: str
@@ -45,6 +50,8 @@ def parse_reference(ref: str, *, pointer: str = "/dataset") -> Reference:
     name, _, query = ref.partition("?")
     if name.startswith("reasoning-gym:"):
         return Reference("task", name.removeprefix("reasoning-gym:"), _arguments(query, pointer))
+    if name in BENCHMARKS:
+        return Reference("benchmark", name, _arguments(query, pointer, literal=False))
     if ref.startswith("data:"):
         return Reference("file", ref.removeprefix("data:"), {})
     if _UPLOAD.fullmatch(ref):
@@ -75,9 +82,32 @@ def check_dataset(ref: str, data_root: Path | None, *, pointer: str = "/dataset"
     found = parse_reference(ref, pointer=pointer)
     if found.source == "task":
         return check_task(found.name, found.args, pointer=pointer)
-    if found.source == "hub":
+    problems = local_problems(ref, data_root, pointer=pointer)
+    return None if problems is None else len(problems)
+
+
+def local_problems(ref: str, data_root: Path | None, *, pointer: str = "/dataset") -> list[Problem] | None:
+    """The problems of a benchmark, file or upload; None of a task or a hub data set, which are made or fetched.
+
+    Raises:
+        UnknownReferenceError, DatasetError, SpecError: as :func:`check_dataset`.
+    """
+    found = parse_reference(ref, pointer=pointer)
+    if found.source in ("task", "hub"):
         return None
-    return len(read_jsonl(_file(found, data_root, pointer), pointer=pointer))
+    if found.source == "benchmark":
+        return read_benchmark(found.name, found.args, data_root, pointer=pointer)
+    return read_jsonl(_file(found, data_root, pointer), pointer=pointer)
+
+
+def local_file(ref: str, data_root: Path | None, *, pointer: str = "/dataset") -> Path | None:
+    """The file of a benchmark, file or upload that is there; None of a task or a hub data set."""
+    found = parse_reference(ref, pointer=pointer)
+    if found.source in ("task", "hub"):
+        return None
+    if found.source == "benchmark":
+        return Path(data_root) / BENCHMARKS[found.name].file
+    return _file(found, data_root, pointer)
 
 
 def load_problems(
@@ -98,9 +128,9 @@ def load_problems(
     if found.source == "task":
         problems = load_task(found.name, found.args)
     elif found.source == "hub":
-        problems = _load_hub(found, cache_dir)
+        problems = load_hub(found, cache_dir)
     else:
-        problems = read_jsonl(_file(found, data_root, "/dataset"))
+        problems = local_problems(ref, data_root)
     if seed is not None:
         random.Random(seed).shuffle(problems)
     return problems[:limit]
@@ -154,7 +184,13 @@ def _known_files(root: Path, at_most: int = 20) -> list[str]:
     return sorted(path.name for path in root.glob("*.jsonl"))[:at_most] if root.is_dir() else []
 
 
-def _load_hub(found: Reference, cache_dir: Path | None) -> list[Problem]:
+def load_hub(found: Reference, cache_dir: Path | None) -> list[Problem]:
+    """The problems of a hub data set.
+
+    Raises:
+        RunError: ``dataset_unavailable``: the hub does not deliver it.
+        DatasetError: a row without problem or answer, or no row.
+    """
     try:
         from datasets import load_dataset
 
@@ -180,6 +216,7 @@ def hub_problem(row: dict[str, Any], default_id: str, where: str) -> Problem:
 
     row = {key: value for key, value in row.items() if value is not None}
     row.setdefault("problem", row.get("question"))
+    row.setdefault("subject", row.get("type"))
     answer = row.get("answer")
     if isinstance(answer, str) and "####" in answer:
         row["solution"], _, row["answer"] = (part.strip() for part in answer.rpartition("####"))

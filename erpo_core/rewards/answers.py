@@ -6,6 +6,10 @@ from decimal import Decimal
 # A box, an escaped character (a literal brace is no delimiter), or a brace.
 _TOKENS = re.compile(r"\\boxed\s*\{|\\.|[{}]", re.DOTALL)
 _THIN_SPACE_IN_NUMBER = re.compile(r"(?<=\d)(?:\\[,!;: ]|\{,\})(?=\d)")
+# Program notation: math-verify reads 4.5e33 as 4.5 times Euler's number times 33, and 3 1/2 as (3 + 1)/2.
+_SCIENTIFIC = re.compile(r"(?<![\w.\\}])([+-]?(?:\d+(?:\.\d*)?|\.\d+))[eE]([+-]?\d{1,4})(?![\w.{])")
+_SIDE_BY_SIDE = re.compile(r"(?<=\d)\s*\\q?quad\s*(?=[+-]?\d)")  # math-verify adds such numbers up
+_MIXED = re.compile(r"([+-]?\d+)\s+(\d+)/(\d+)")
 _NUMBER = re.compile(r"[+-]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|[+-]?\.\d+")
 _MAX_NUMBER_CHARS = 40
 
@@ -34,11 +38,17 @@ def has_answer(text: str) -> bool:
 
 
 def normalise(answer: str) -> str:
-    """Without dollar signs, a final stop, and the thin spaces in numbers that math-verify does not read."""
+    """Without dollar signs, a final stop, and the thin spaces in numbers that math-verify does not read.
+
+    ``4.5e33`` becomes ``4.5 \\times 10^{33}``, ``3 1/2`` becomes ``3\\frac{1}{2}``.
+    """
     answer = answer.strip().strip("$").strip()
     if answer.endswith(".") and not answer.endswith(".."):
         answer = answer[:-1].rstrip()
-    return _THIN_SPACE_IN_NUMBER.sub("", answer)
+    if mixed := _MIXED.fullmatch(answer):
+        return f"{mixed[1]}\\frac{{{mixed[2]}}}{{{mixed[3]}}}"
+    answer = _SIDE_BY_SIDE.sub(", ", _THIN_SPACE_IN_NUMBER.sub("", answer))
+    return _SCIENTIFIC.sub(r"\1 \\times 10^{\2}", answer)
 
 
 def plain_number(answer: str) -> Decimal | None:

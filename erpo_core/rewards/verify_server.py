@@ -46,6 +46,8 @@ def _serve(request: dict[str, str]) -> str:
     try:
         if "pattern" in request:
             return "right" if re.search(request["pattern"], request["text"], re.DOTALL) else "wrong"
+        if "answer" not in request:
+            return read(request["gold"])
         return judge(request["gold"], request["answer"])
     except MemoryError:
         return "crashed"
@@ -55,6 +57,14 @@ def _serve(request: dict[str, str]) -> str:
         if isinstance(error, KeyboardInterrupt | SystemExit):
             raise
         return "unparsable"
+
+
+def read(gold: str) -> str:
+    """``expression``, ``text`` (compared character by character) or ``nothing``."""
+    parsed = _parsed_gold(gold)
+    if not parsed or not any(char.isalnum() for char in str(parsed[-1])):
+        return "nothing"
+    return "text" if isinstance(parsed[0], str) else "expression"
 
 
 def judge(gold: str, answer: str) -> str:
@@ -77,10 +87,14 @@ def _parsed_gold(gold: str) -> tuple[Any, ...]:
 
 
 def _parse(content: str) -> tuple[Any, ...]:
-    """Always within one box: a bare ``2x+1`` would be read as 2, and several boxes as a set."""
-    from math_verify import parse
+    """Always within one box: a bare ``2x+1`` would be read as 2, and several boxes as a set.
 
-    return tuple(parse(f"\\boxed{{{content}}}", parsing_timeout=None))
+    As LaTeX only: math-verify's other reading takes the last number of whatever LaTeX does not explain.
+    """
+    from math_verify import LatexExtractionConfig, parse
+
+    how = [LatexExtractionConfig(boxed_match_priority=0)]
+    return tuple(parse(f"\\boxed{{{content}}}", extraction_config=how, parsing_timeout=None))
 
 
 def _close(expected: Any, found: Any) -> bool:

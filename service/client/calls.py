@@ -149,6 +149,10 @@ class RegistryCalls:
         """Names that may stand as ``model``."""
         return call("GET", "/models")
 
+    def benchmarks(self) -> Call:
+        """Benchmarks that may stand as ``dataset``, and whether their problems are there."""
+        return call("GET", "/benchmarks")
+
     def workers(self) -> Call:
         """Workers and when they were last heard of."""
         return call("GET", "/workers")

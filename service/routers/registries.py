@@ -6,6 +6,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Query, Response, UploadFile
 from fastapi.responses import JSONResponse
 
+from erpo_core.data.benchmarks import BENCHMARKS, is_present
 from erpo_core.models import KNOWN_MODELS
 from service.auth import Reader, Submitter
 from service.db import claims as claim_rows
@@ -15,8 +16,8 @@ from service.deps import AppSettings, Db
 from service.idempotency import Answer, OnlyOnce
 from service.pagination import DEFAULT_LIMIT, Cursor, Limit, page_json
 from service.schemas.common import Page, problems
-from service.schemas.registries import DatasetEntry, ModelEntry, Worker
-from service.shape import dataset_json
+from service.schemas.registries import BenchmarkEntry, DatasetEntry, ModelEntry, Worker
+from service.shape import benchmark_json, dataset_json
 from service.uploads import check_upload, store_upload
 from service.workerview import worker_json
 
@@ -28,6 +29,17 @@ def list_models(principal: Reader) -> Any:
     """Registered models. Hub ids, folders in an allowed root and checkpoints of runs may be named as well."""
     rows = [{"name": name, **entry} for name, entry in sorted(KNOWN_MODELS.items())]
     return page_json(rows, None, lambda row: {k: v for k, v in row.items() if k not in ("package", "gguf_file")})
+
+
+@router.get("/benchmarks", response_model=Page[BenchmarkEntry], responses=problems(401))
+def list_benchmarks(settings: AppSettings, principal: Reader) -> Any:
+    """Benchmarks that may stand as `dataset`. Their problems come into the data root by `erpo data fetch` or `import`.
+
+    `?level=` and `?subject=` choose among their problems: `math500?level=4,5`. Any task of reasoning-gym, uploaded data
+    set or JSONL file of the data root is evaluated in the same way.
+    """
+    rows = [BENCHMARKS[name] for name in sorted(BENCHMARKS)]
+    return page_json(rows, None, lambda row: benchmark_json(row, is_present(row, settings.data_root)))
 
 
 @router.get("/datasets", response_model=Page[DatasetEntry], responses=problems(400, 401))

@@ -172,7 +172,7 @@ def test_hub_rows_come_under_our_names():
     gsm8k = hub_problem({"question": "q", "answer": "so 2+2=4\n#### 1,204"}, "x/0", "row 0")
     assert (gsm8k.problem, gsm8k.answer, gsm8k.solution) == ("q", "1204", "so 2+2=4")
     maths = hub_problem({"problem": "q", "solution": r"thus \boxed{\frac12}", "level": "Level 5"}, "x/0", "row 0")
-    assert (maths.answer, maths.level) == (r"\frac12", "Level 5")
+    assert (maths.answer, maths.level) == (r"\frac12", 5)
     with pytest.raises(DatasetError, match="row 7"):
         hub_problem({"problem": "q", "solution": "no box"}, "x/7", "row 7")
 
