@@ -17,6 +17,7 @@ from typing import Any
 
 MEMORY_BYTES = 2 * 2**30
 RELATIVE_TOLERANCE = 1e-6
+_COMMAND = re.compile(r"\\[a-zA-Z]+\s*(?=[{\[])")
 
 
 def main() -> None:
@@ -62,9 +63,11 @@ def _serve(request: dict[str, str]) -> str:
 def read(gold: str) -> str:
     """``expression``, ``text`` (compared character by character) or ``nothing``."""
     parsed = _parsed_gold(gold)
-    if not parsed or not any(char.isalnum() for char in str(parsed[-1])):
-        return "nothing"
-    return "text" if isinstance(parsed[0], str) else "expression"
+    if parsed and not isinstance(parsed[0], str):
+        return "expression"
+    # Without mathematics: text, unless only commands and their empty arguments are left.
+    bare = _COMMAND.sub("", gold)
+    return "text" if any(char.isalnum() for char in bare) else "nothing"
 
 
 def judge(gold: str, answer: str) -> str:
