@@ -156,6 +156,12 @@ def completion_json(row: Any) -> dict[str, Any]:
     )
 
 
+def problem_json(row: Any) -> dict[str, Any]:
+    """A problem of an evaluation with its counts."""
+    body = row.as_dict()
+    return body | {"mean_length": body.pop("num_tokens") / row.num_samples}
+
+
 def benchmark_json(row: Any, is_present: bool) -> dict[str, Any]:
     """A benchmark of the registry."""
     names = ("name", "num_problems", "license", "source", "file", "hub")

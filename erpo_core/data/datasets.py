@@ -1,6 +1,6 @@
 """A data set's name becomes problems.
 
-    <benchmark>?level=L&subject=S            a benchmark of :mod:`erpo_core.data.benchmarks`: ``amc23``, ``math500``, ...
+    <benchmark>?level=L&subject=S            a name of :mod:`erpo_core.data.benchmarks`: ``amc23``, ``math500``, ...
     reasoning-gym:<task>?size=N&seed=S&...   procedural, made on the spot
     data:<file>.jsonl                        a file in the data root
     ds_<32 hex digits>                       an uploaded file
@@ -26,8 +26,8 @@ _UPLOAD = re.compile(r"ds_[0-9a-f]{32}")
 _HUB_ID = re.compile(r"(?!.*\.\.)[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w.-]+)?")
 _HUB_ARGS = {"config", "split"}
 _FORMS = (
-    f"a benchmark ({known_benchmarks()}), `reasoning-gym:<task>?size=N&seed=S`, `data:<file>.jsonl`, an uploaded data set "
-    "(`ds_...`) or a hub id"
+    f"a benchmark ({known_benchmarks()}), `reasoning-gym:<task>?size=N&seed=S`, `data:<file>.jsonl`, "
+    "an uploaded data set (`ds_...`) or a hub id"
 )
 
 

@@ -6,7 +6,6 @@ from pydantic import Field, model_validator
 
 from erpo_core.specs.common import DatasetRef, HardwareSpec, JobOptions, ModelRef, PromptSpec, SamplingSpec, Spec
 
-
 PASS_AT = (1, 2, 4, 8, 16)
 
 

@@ -1,4 +1,4 @@
-"""``erpo data``: problem files. ``import`` and ``fetch`` write the data root of this machine, ``upload`` asks the API."""
+"""``erpo data``: ``import`` and ``fetch`` write the data root of this machine, ``upload`` asks the API."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -74,7 +74,7 @@ def _told() -> Iterator[None]:
 
 
 def _tell(stored: Any) -> None:
-    typer.echo(f"{stored.num_problems} problems in {stored.path}; write \"dataset\": \"{stored.dataset}\"")
+    typer.echo(f'{stored.num_problems} problems in {stored.path}; write "dataset": "{stored.dataset}"')
     if stored.num_text_golds:
         typer.echo(f"{stored.num_text_golds} of their answers hold no mathematics: only the same text is right")
     if stored.num_text_golds is None:

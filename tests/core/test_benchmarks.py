@@ -102,7 +102,7 @@ def test_what_is_not_the_benchmark_or_has_no_name_is_refused(tmp_path, name):
 def test_a_broken_line_is_refused_by_its_number_and_nothing_is_stored(tmp_path):
     source = tmp_path / "mine.jsonl"
     source.write_text('{"problem": "p", "answer": "1"}\n{"problem": "p"}\n')
-    with pytest.raises(DatasetError, match="^line 2"):
+    with pytest.raises(DatasetError, match=r"^line 2"):
         import_file(source, tmp_path / "root")
     assert not (tmp_path / "root").exists()
 
@@ -133,7 +133,7 @@ def test_without_the_hub_the_way_by_file_is_named(tmp_path, monkeypatch):
         raise ConnectionError("no route to host")
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    with pytest.raises(RunError, match="no route to host.*\n.*erpo data import FILE --name amc23"):
+    with pytest.raises(RunError, match=r"no route to host.*\n.*erpo data import FILE --name amc23"):
         fetch_benchmark("amc23", tmp_path)
 
 
@@ -163,5 +163,5 @@ def test_pass_at_follows_the_samples_unless_it_is_asked_for():
     few = EvaluateSpec(**body, num_samples=5)
     assert few.pass_at == (1, 2, 4)
     assert EvaluateSpec.model_validate(few.model_dump(mode="json")) == few
-    with pytest.raises(ValueError, match="pass@8 needs 8 samples.*write k up to 5"):
+    with pytest.raises(ValueError, match=r"pass@8 needs 8 samples.*write k up to 5"):
         EvaluateSpec(**body, num_samples=5, pass_at=[1, 8])
