@@ -99,7 +99,7 @@ def _votes(samples: Sequence[Row], spec: EvaluateSpec) -> tuple[list[Any], list[
 def _vote(row: Row) -> Any:
     text = normalise(extract_boxed(row["completion"]) or "")
     number = plain_number(text)
-    return text or None if number is None else number.normalize()
+    return text or None if number is None else number
 
 
 def _interval(values: Sequence[float], seed: int) -> dict[str, float]:

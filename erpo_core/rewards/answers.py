@@ -1,7 +1,7 @@
 """Finding and tidying the final answer of a response. Standard library only."""
 
 import re
-from decimal import Decimal
+from fractions import Fraction
 
 # A box, an escaped character (a literal brace is no delimiter), or a brace.
 _TOKENS = re.compile(r"\\boxed\s*\{|\\.|[{}]", re.DOTALL)
@@ -11,7 +11,9 @@ _SCIENTIFIC = re.compile(r"(?<![\w.\\}])([+-]?(?:\d+(?:\.\d*)?|\.\d+))[eE]([+-]?
 _SIDE_BY_SIDE = re.compile(r"(?<=\d)\s*\\q?quad\s*(?=[+-]?\d)")  # math-verify adds such numbers up
 _MIXED = re.compile(r"([+-]?\d+)\s+(\d+)/(\d+)")
 _NUMBER = re.compile(r"[+-]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|[+-]?\.\d+")
+_FRACTION = re.compile(r"([+-]?)(?:\\[dt]?frac\{(\d+)\}\{(\d+)\}|(\d+)/(\d+))")
 _MAX_NUMBER_CHARS = 40
+_AT_6_DECIMALS, _RELATIVE = Fraction(1, 2_000_000), Fraction(1, 1_000_000)
 
 
 def extract_boxed(text: str) -> str | None:
@@ -42,7 +44,7 @@ def normalise(answer: str) -> str:
 
     ``4.5e33`` becomes ``4.5 \\times 10^{33}``, ``3 1/2`` becomes ``3\\frac{1}{2}``.
     """
-    answer = answer.strip().strip("$").strip()
+    answer = answer.strip().removeprefix("\\$").strip("$").strip()
     if answer.endswith(".") and not answer.endswith(".."):
         answer = answer[:-1].rstrip()
     if mixed := _MIXED.fullmatch(answer):
@@ -51,18 +53,25 @@ def normalise(answer: str) -> str:
     return _SCIENTIFIC.sub(r"\1 \\times 10^{\2}", answer)
 
 
-def plain_number(answer: str) -> Decimal | None:
-    """A plain integer or decimal, thousands commas allowed; None for anything else."""
-    if len(answer) > _MAX_NUMBER_CHARS or not answer.isascii() or not _NUMBER.fullmatch(answer):
+def plain_number(answer: str) -> Fraction | None:
+    """A plain integer, decimal (thousands commas allowed) or fraction of whole numbers; None for anything else."""
+    if len(answer) > _MAX_NUMBER_CHARS or not answer.isascii():
         return None
-    return Decimal(answer.replace(",", ""))
+    if _NUMBER.fullmatch(answer):
+        return Fraction(answer.replace(",", ""))
+    fraction = _FRACTION.fullmatch(answer)
+    if fraction is None:
+        return None
+    sign, *digits = (part for part in fraction.groups() if part is not None)
+    above, below = map(int, digits)
+    return Fraction(-above if sign == "-" else above, below) if below else None
 
 
-def same_number(gold: Decimal, answer: Decimal) -> bool:
+def same_number(gold: Fraction, answer: Fraction) -> bool:
     """Integers exactly; otherwise equal at 6 decimals, as math-verify has it, and to one part in a million."""
     if gold == answer:
         return True
-    if gold == gold.to_integral_value() and answer == answer.to_integral_value():
+    if gold.denominator == answer.denominator == 1:
         return False
     difference = abs(gold - answer)
-    return difference <= Decimal("5e-7") and difference <= abs(gold) * Decimal("1e-6")
+    return difference <= _AT_6_DECIMALS and difference <= abs(gold) * _RELATIVE
