@@ -48,19 +48,20 @@ class Table:
 
 
 def accuracy_table(entries: Sequence[Entry], *, paper: bool = False) -> Table:
-    """Acc and Fmt of each benchmark and their averages: Table 1. A model without one of the benchmarks has no average.
+    """Acc and Fmt of each benchmark: Table 1. Of several the averages, for the models that have all of them.
 
     Raises:
         ValueError: a model has two evaluations of one benchmark.
     """
     shorts = _benchmarks(entries)
-    table = Table([f"{short}_{name}" for short in [*shorts, "average"] for name in _FIELDS], _rows(entries, _accuracy))
+    groups = [*shorts, "average"] if len(shorts) > 1 else shorts
+    table = Table([f"{short}_{name}" for short in groups for name in _FIELDS], _rows(entries, _accuracy))
     if paper:
         table.rows += paper_rows("table1.csv", table.columns, keep_average=set(shorts) == set(PAPER_NAMES.values()))
     for row in table.rows:
         for name in _FIELDS:
             values = [row.cells.get(f"{short}_{name}", {}).get("value") for short in shorts]
-            if None not in values:
+            if None not in values and len(values) > 1:
                 average = {"value": sum(values) / len(values), "low": None, "high": None}
                 row.cells.setdefault(f"average_{name}", average)
     return table
