@@ -105,7 +105,7 @@ class EvaluationCalls:
     """Under ``/evaluations``."""
 
     def get(self, run_id: str, **query: Any) -> Call:
-        """One evaluation; ``result`` holds its numbers. ``pass_at``, ``truncated_boxed``: computed anew under these."""
+        """One evaluation; ``result`` holds its numbers. ``pass_at``, ``truncated_boxed``, ``verify``: anew."""
         return call("GET", f"/evaluations/{run_id}", **query)
 
     def items(self, run_id: str, **query: Any) -> Call:

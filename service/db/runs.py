@@ -77,7 +77,18 @@ def list_items(
 
 def stored_answers(s: Session, run_id: str) -> list[dict[str, Any]]:
     """Every stored answer of an evaluation, without its prompt."""
-    names = ("prompt_id", "sample", "completion", "verdict", "boxed", "truncated", "num_tokens", "level", "subject")
+    names = (
+        "prompt_id",
+        "sample",
+        "completion",
+        "gold",
+        "verdict",
+        "boxed",
+        "truncated",
+        "num_tokens",
+        "level",
+        "subject",
+    )
     query = select(*(getattr(Completion, name) for name in names)).where(Completion.run_id == run_id)
     return [dict(zip(names, row, strict=True)) for row in s.execute(query)]
 

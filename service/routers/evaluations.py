@@ -33,16 +33,19 @@ def get_evaluation(
     principal: Reader,
     pass_at: Annotated[str | None, Query(max_length=200, description="Other k, separated by commas.")] = None,
     truncated_boxed: TruncatedBoxed = None,
+    verify: Annotated[bool, Query(description="Judge the stored answers again, with the verifier of today.")] = False,
 ) -> Any:
     """One evaluation: `result` holds acc, fmt and pass@k with their intervals.
 
-    With `pass_at` or `truncated_boxed` it is computed anew from the stored answers, those of a running evaluation too.
+    With `pass_at`, `truncated_boxed` or `verify` it is computed anew from the stored answers, those of a running
+    evaluation too; nothing is generated, and what is stored stays. `verify` takes seconds for thousands of answers.
     """
     with database.read() as session:
         run = visible_run(session, run_id, principal, "evaluate")
         detail = run_detail(session, run)
-        if pass_at is not None or truncated_boxed is not None:
-            detail["result"] = finite(recomputed(session, run, pass_at, truncated_boxed))
+        if pass_at is not None or truncated_boxed is not None or verify:
+            found = recomputed(session, run, pass_at=pass_at, truncated_boxed=truncated_boxed, verify=verify)
+            detail["result"] = finite(found)
         return JSONResponse(detail, headers={"Vary": "Accept"})
 
 

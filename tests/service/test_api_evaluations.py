@@ -4,12 +4,15 @@ import json
 
 import pytest
 from db_rows import claim, finish, store, submit
+from sqlalchemy import select
 
 from erpo_core.comparison import mcnemar_exact, sign_flip_exact
 from erpo_core.evaluation_identity import evaluation_identity
 from erpo_core.evaluation_summary import summarise
 from erpo_core.records import Completions, Progress, Resolved, Result
+from erpo_core.rewards.verify import verifier_version
 from erpo_core.specs.evaluate import EvaluateSpec
+from service.db.measured import Completion
 
 HTML = "<img src=x onerror=alert(1)>"
 
@@ -66,6 +69,18 @@ def test_numbers_are_recomputed_from_stored_answers(api, database):
     strict = api.get(f"/evaluations/{run}", params={"truncated_boxed": "wrong"}).json()["result"]
     assert strict["acc"]["value"] == 3 / 12
     assert api.get(f"/evaluations/{run}").json()["result"] == stored
+
+
+def test_stored_answers_are_judged_again(api, database):
+    pytest.importorskip("math_verify")
+    run = evaluated(database, [4, 1, 0])
+    with database.write() as session:
+        for row in session.scalars(select(Completion).where(Completion.verdict == "wrong")):
+            row.completion = "\\boxed{\\frac{4}{2}}"
+    again = api.get(f"/evaluations/{run}", params={"verify": True}).json()["result"]
+    assert again["verdicts"] == {"right": 10 / 12, "unparsable": 2 / 12}
+    assert again["verifier"] == verifier_version()
+    assert api.get(f"/evaluations/{run}").json()["result"]["acc"]["value"] == 5 / 12
 
 
 def test_levels_have_numbers_of_their_own(api, database):
