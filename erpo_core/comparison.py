@@ -53,9 +53,8 @@ def sign_flip_exact(differences: Sequence[int]) -> float:
     chances = np.zeros(2 * reach + 1)  # chances[reach + s]: of the sum s
     chances[reach] = 1.0
     for size in sizes[sizes > 0]:
-        chances = (
-            np.roll(chances, size) + np.roll(chances, -size)
-        ) / 2  # what wraps around is 0 by the choice of reach
+        # What wraps around is 0: no sum lies beyond the reach.
+        chances = (np.roll(chances, size) + np.roll(chances, -size)) / 2
     return min(1.0, float(chances[: reach - observed + 1].sum() + chances[reach + observed :].sum()))
 
 

@@ -65,7 +65,11 @@ def _finished(session: Session, run_id: str, principal: Principal) -> Finished:
         raise SpecError(
             f"evaluation {run_id} has no result: it is {status}", pointer=_POINTER, mend="wait until it has succeeded"
         )
-    parts = (run.resolved.get("identity") or {}).get("parts", {})
+    parts = (run.resolved.get("identity") or {}).get("parts")
+    if parts is None:
+        raise SpecError(
+            f"evaluation {run_id} is from before identities were recorded", pointer=_POINTER, mend="evaluate again"
+        )
     spec = EvaluateSpec.model_validate(run.spec)
     return Finished(run.id, model_label(session, run.spec["model"]), spec, parts, run.result)
 

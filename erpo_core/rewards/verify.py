@@ -106,14 +106,14 @@ class Verifier:
             return list(map(Verdict, self._ask([{"pattern": pattern, "text": text} for text in texts])))
 
     def read_golds(self, golds: Sequence[str]) -> list[Reading]:
-        """What golds are read as; one that takes the verifier beyond its deadline or down is read as nothing."""
+        """What golds are read as. One that cannot be read within the deadline is text: only its like can be right."""
         tidied = list(map(normalise, golds))
         known = {gold: Reading.EXPRESSION for gold in tidied if plain_number(gold) is not None}
         open_golds = [gold for gold in dict.fromkeys(tidied) if gold not in known]
         with self._lock:
             asked = self._ask([{"gold": gold} for gold in open_golds])
-        failed = {Verdict.TIMEOUT, Verdict.CRASHED, Verdict.UNPARSABLE}
-        known |= {g: Reading.NOTHING if r in failed else Reading(r) for g, r in zip(open_golds, asked, strict=True)}
+        readings = {*Reading}
+        known |= {g: Reading(r) if r in readings else Reading.TEXT for g, r in zip(open_golds, asked, strict=True)}
         return [known[gold] for gold in tidied]
 
     def _at_once(self, key: tuple[str, str]) -> Verdict | None:

@@ -15,6 +15,8 @@ import sys
 from functools import lru_cache
 from typing import Any
 
+from erpo_core.data.formats import is_answer
+
 MEMORY_BYTES = 2 * 2**30
 RELATIVE_TOLERANCE = 1e-6
 _COMMAND = re.compile(r"\\[a-zA-Z]+\s*(?=[{\[])")
@@ -66,8 +68,7 @@ def read(gold: str) -> str:
     if parsed and not isinstance(parsed[0], str):
         return "expression"
     # Without mathematics: text, unless only commands and their empty arguments are left.
-    bare = _COMMAND.sub("", gold)
-    return "text" if any(char.isalnum() for char in bare) else "nothing"
+    return "text" if is_answer(_COMMAND.sub("", gold)) else "nothing"
 
 
 def judge(gold: str, answer: str) -> str:

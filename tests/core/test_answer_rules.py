@@ -127,7 +127,7 @@ def test_a_hostile_gold_is_decided_in_time_too():
 
 
 numbers = st.fractions(max_denominator=200).filter(lambda value: abs(value) < 10**6)
-FEW = settings(max_examples=40, deadline=None)
+FEW = settings(max_examples=40)
 
 
 def latex(value: Fraction) -> str:

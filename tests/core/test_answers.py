@@ -35,9 +35,9 @@ def test_the_last_balanced_box_is_the_answer(text, expected):
 
 @pytest.mark.parametrize("text", ["\\boxed{" * 200_000, "\\boxed{1}" * 200_000, "{" * 1_000_000, "\\" * 1_000_001])
 def test_hostile_responses_take_linear_time(text):
-    started = time.perf_counter()
+    started = time.process_time()
     extract_boxed(text)
-    assert time.perf_counter() - started < 5
+    assert time.process_time() - started < 5
 
 
 @given(st.text(alphabet="\\boxed{}1 x", max_size=60))

@@ -142,6 +142,7 @@ def test_golds_are_read_before_anything_is_sampled(tmp_path):
     good = [r"\frac{1}{2}", "7", r"\text{Evelyn}", "(1,2)", r"\infty"]
     with Verifier() as verifier:
         assert set(verifier.read_golds(good)) == {Reading.EXPRESSION}
+        assert verifier.read_golds(["+"]) == [Reading.TEXT]
         assert verifier.read_golds([r"\sin^2 t", r"\frac{}{}", "7"]) == [
             *(Reading.TEXT, Reading.NOTHING, Reading.EXPRESSION)
         ]
