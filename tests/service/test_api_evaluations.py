@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from db_rows import claim, finish, store, submit
+from db_rows import call, claim, finish, store, submit
 from sqlalchemy import select
 
 from erpo_core.comparison import mcnemar_exact, sign_flip_exact
@@ -12,6 +12,7 @@ from erpo_core.evaluation_summary import summarise
 from erpo_core.records import Completions, Progress, Resolved, Result
 from erpo_core.rewards.verify import verifier_version
 from erpo_core.specs.evaluate import EvaluateSpec
+from service.db import keys
 from service.db.measured import Completion
 
 HTML = "<img src=x onerror=alert(1)>"
@@ -183,6 +184,16 @@ def test_only_finished_evaluations_of_the_caller_are_compared(api, database, job
     alone = evaluated(database, [1], dataset="data:b.jsonl")
     trained = evaluated(database, [1], model="trained")
     assert "only one on data:b.jsonl" in refused(compared(api, base, trained, alone), "two evaluations")
+
+
+def test_evaluations_of_others_do_not_exist(api, database):
+    secret = call(database, keys.create_key, scope="read", owner="ann")[1]
+    mine, alien = evaluated(database, [1], owner="ann"), evaluated(database, [1], owner="bob", model="trained")
+    api.headers["Authorization"] = f"Bearer {secret}"
+    assert f"there is no run {alien}" in refused(compared(api, mine, alien), "GET /runs?kind=evaluate")
+    assert f"there is no run {alien}" in refused(report(api, alien), "GET /runs?kind=evaluate")
+    assert api.get(f"/evaluations/{alien}/problems").status_code == 404
+    assert report(api, mine).status_code == 200
 
 
 def report(api, *run_ids, accept="*/*", **query):
