@@ -5,6 +5,7 @@ import json
 import pytest
 from db_rows import call, claim, finish, store, submit
 from sqlalchemy import select
+from test_api_records import undocumented
 
 from erpo_core.comparison import mcnemar_exact, sign_flip_exact
 from erpo_core.evaluation_identity import evaluation_identity
@@ -14,6 +15,7 @@ from erpo_core.rewards.verify import verifier_version
 from erpo_core.specs.evaluate import EvaluateSpec
 from service.db import keys
 from service.db.measured import Completion
+from service.schemas.evaluations import Comparison, Report
 
 HTML = "<img src=x onerror=alert(1)>"
 
@@ -126,6 +128,7 @@ def test_models_are_compared_by_problem(api, database):
     better = evaluated(database, [4, 4, 3, 4, 2, 1], model="trained", sampling={"seed": 9})
     worse = evaluated(database, [0, 0, 2, 0, 0, 0], model="broken")
     body = compared(api, base, better, worse).json()
+    assert not undocumented(body, Comparison.model_validate(body).model_dump(mode="json"))
     assert (body["num_tests"], body["correction"]) == (2, "holm")
     (found,) = body["benchmarks"]
     assert (found["baseline"], found["num_problems"], found["num_samples"]) == (base, 6, 4)
@@ -203,6 +206,7 @@ def report(api, *run_ids, accept="*/*", **query):
 def test_the_report_is_a_row_of_table_1_in_four_formats(api, database):
     run = evaluated(database, [4, 1], dataset="amc23", model="org/tiny_1")
     body = report(api, run, paper=True).json()
+    assert not undocumented(body, Report.model_validate(body).model_dump(mode="json"))
     assert body["columns"] == ["amc23_acc", "amc23_fmt"]
     ours, *paper = body["rows"]
     assert (ours["label"], ours["source"], ours["evaluations"]) == ("org/tiny_1", "run", {"amc23": run})
