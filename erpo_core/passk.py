@@ -1,9 +1,8 @@
 """pass@k, maj@k and intervals over problems. Light: also the API recomputes them from stored answers."""
 
 import math
-import random
-from collections import Counter
 from collections.abc import Hashable, Sequence
+from functools import lru_cache
 from itertools import combinations
 
 import numpy as np
@@ -37,23 +36,30 @@ def maj_at_k(votes: Sequence[Hashable | None], right: Sequence[bool], k: int, *,
     n = len(votes)
     if len(right) != n or not 1 <= k <= n:
         raise ValueError(f"maj_at_k: {n} votes, {len(right)} verdicts, k={k}")
-    if math.comb(n, k) <= _ENUMERATED:
-        chosen = list(combinations(range(n), k))
-    else:
-        draw = random.Random(seed)
-        chosen = [draw.sample(range(n), k) for _ in range(_ENUMERATED)]
-    return math.fsum(_majority([(votes[i], right[i]) for i in one if votes[i] is not None]) for one in chosen) / len(
-        chosen
-    )
-
-
-def _majority(cast: list[tuple[Hashable, bool]]) -> float:
-    counts = Counter(vote for vote, _ in cast)
-    if not counts:
+    codes = {vote: code for code, vote in enumerate(dict.fromkeys(vote for vote in votes if vote is not None))}
+    if not codes:
         return 0.0
-    most = max(counts.values())
-    winners = {vote for vote, count in counts.items() if count == most}
-    return len({vote for vote, right in cast if right and vote in winners}) / len(winners)
+    none = len(codes)
+    cast = np.array([codes.get(vote, none) for vote in votes])
+    is_right = np.zeros(none, dtype=bool)
+    for vote, good in zip(cast, right, strict=True):
+        if vote < none:
+            is_right[vote] = good
+    chosen = _choices(n, k, seed)
+    places = cast[chosen] + np.arange(len(chosen))[:, None] * (none + 1)
+    counts = np.bincount(places.ravel(), minlength=len(chosen) * (none + 1)).reshape(len(chosen), none + 1)[:, :none]
+    most = counts.max(axis=1, keepdims=True)
+    wins = (counts == most) & (most > 0)
+    return float(np.mean((wins & is_right).sum(axis=1) / np.maximum(wins.sum(axis=1), 1)))
+
+
+@lru_cache(maxsize=32)
+def _choices(n: int, k: int, seed: int) -> np.ndarray:
+    """(C, k) places: every choice of k of n, or random ones."""
+    if math.comb(n, k) <= _ENUMERATED:
+        return np.array(list(combinations(range(n), k)))
+    order = np.random.default_rng(seed).random((_ENUMERATED, n)).argsort(axis=1)
+    return order[:, :k]
 
 
 def bootstrap_interval(

@@ -48,7 +48,8 @@ class Completions:
 
     Each row: ``prompt_id`` str, ``group`` int, ``sample`` int, ``prompt`` str, ``completion`` str, ``gold`` str | None,
     ``rewards`` {name: float | None}, ``reward`` float | None, ``advantage`` float | None, ``verdict`` str | None,
-    ``boxed`` bool, ``truncated`` bool, ``num_tokens`` int. (step, prompt_id, sample) names a row once and for all.
+    ``boxed`` bool, ``truncated`` bool, ``num_tokens`` int; in an evaluation ``level`` and ``subject`` of the problem,
+    str | None. (step, prompt_id, sample) names a row once and for all.
     """
 
     kind: ClassVar[str] = "completions"

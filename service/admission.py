@@ -9,6 +9,7 @@ from typing import Any
 from sqlalchemy.orm import Session
 
 from erpo_core.data.datasets import check_dataset
+from erpo_core.data.golds import check_dataset_golds
 from erpo_core.errors import NotFoundError, SpecError, UnknownReferenceError
 from erpo_core.models import check_model_ref
 from erpo_core.rewards.functions import check_rewards
@@ -45,6 +46,8 @@ def admit(database: Database, settings: Settings, principal: Principal, spec: An
     if hasattr(spec, "dataset"):
         imitates = getattr(spec, "algorithm", None) == "sft"
         admitted.num_problems = check_dataset(spec.dataset, settings.data_root, with_solutions=imitates)
+        if not imitates:
+            check_dataset_golds(spec.dataset, settings.data_root)
     if hasattr(spec, "rewards"):
         check_rewards(spec.rewards)
     return admitted

@@ -143,6 +143,8 @@ def completion_json(row: Any) -> dict[str, Any]:
             "prompt": row.prompt,
             "completion": row.completion,
             "gold": row.gold,
+            "level": row.level,
+            "subject": row.subject,
             "rewards": row.rewards or {},
             "reward": row.reward,
             "advantage": row.advantage,
@@ -152,6 +154,18 @@ def completion_json(row: Any) -> dict[str, Any]:
             "num_tokens": row.num_tokens,
         }
     )
+
+
+def problem_json(row: Any) -> dict[str, Any]:
+    """A problem of an evaluation with its counts."""
+    body = row.as_dict()
+    return body | {"mean_length": body.pop("num_tokens") / row.num_samples}
+
+
+def benchmark_json(row: Any, is_present: bool) -> dict[str, Any]:
+    """A benchmark of the registry."""
+    names = ("name", "num_problems", "license", "source", "file", "hub")
+    return {name: getattr(row, name) for name in names} | {"is_present": is_present}
 
 
 def dataset_json(row: Any) -> dict[str, Any]:

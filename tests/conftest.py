@@ -8,9 +8,13 @@ import time
 import uuid
 
 import pytest
+from hypothesis import settings
 from sqlalchemy import create_engine, make_url, text
 
 from service.db.engine import Database
+
+settings.register_profile("shared-cores", deadline=None)  # how long an example takes depends on who else computes
+settings.load_profile("shared-cores")
 
 
 @pytest.fixture(scope="session")

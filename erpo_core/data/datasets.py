@@ -1,5 +1,6 @@
 """A data set's name becomes problems.
 
+    <benchmark>?level=L&subject=S            a name of :mod:`erpo_core.data.benchmarks`: ``amc23``, ``math500``, ...
     reasoning-gym:<task>?size=N&seed=S&...   procedural, made on the spot
     data:<file>.jsonl[?level=3-5]            a file in the data root
     ds_<32 hex digits>[?level=3-5]           an uploaded file
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
 
+from erpo_core.data.benchmarks import BENCHMARKS, known_benchmarks, read_benchmark
 from erpo_core.data.formats import BoxReport, Problem, our_names, read_jsonl, to_problem
 from erpo_core.data.levels import check_levels, of_levels
 from erpo_core.data.reasoning_tasks import check_task, load_task
@@ -24,12 +26,15 @@ from erpo_core.errors import DatasetError, RunError, SpecError, UnknownReference
 _UPLOAD = re.compile(r"ds_[0-9a-f]{32}")
 _HUB_ID = re.compile(r"(?!.*\.\.)[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w.-]+)?")
 _HUB_ARGS = {"config", "split", "level"}
-_FORMS = "`reasoning-gym:<task>?size=N&seed=S`, `data:<file>.jsonl`, an uploaded data set (`ds_...`) or a hub id"
+_FORMS = (
+    f"a benchmark ({known_benchmarks()}), `reasoning-gym:<task>?size=N&seed=S`, `data:<file>.jsonl`, "
+    "an uploaded data set (`ds_...`) or a hub id"
+)
 
 
 @dataclass(frozen=True)
 class Reference:
-    """A data set's name taken apart. ``source``: ``task``, ``file``, ``upload``, ``hub``."""
+    """A data set's name taken apart. ``source``: ``benchmark``, ``task``, ``file``, ``upload``, ``hub``."""
 
     source: str
     name: str
@@ -47,6 +52,7 @@ def parse_reference(ref: str, *, pointer: str = "/dataset") -> Reference:
     if name.startswith("reasoning-gym:"):
         return Reference("task", name.removeprefix("reasoning-gym:"), _arguments(query, pointer))
     for source, is_meant, known in (
+        ("benchmark", name in BENCHMARKS, {"level", "subject"}),
         ("file", name.startswith("data:"), {"level"}),
         ("upload", _UPLOAD.fullmatch(name), {"level"}),
         ("hub", _HUB_ID.fullmatch(name), _HUB_ARGS),
@@ -80,10 +86,9 @@ def check_dataset(
     if found.source == "task":
         size = check_task(found.name, found.args, pointer=pointer)
         return len(solved([], ref, pointer=pointer)) if with_solutions else size
-    if found.source == "hub":
+    problems = local_problems(ref, data_root, pointer=pointer)
+    if problems is None:
         return None
-    problems = read_jsonl(_file(found, data_root, pointer), pointer=pointer)
-    problems = of_levels(problems, found.args.get("level"), pointer=pointer)
     return len(solved(problems, ref, pointer=pointer) if with_solutions else problems)
 
 
@@ -102,6 +107,33 @@ def solved(problems: list[Problem], ref: str, *, pointer: str = "/dataset") -> l
             code="no_solutions",
         )
     return found
+
+
+def local_problems(
+    ref: str, data_root: Path | None, *, pointer: str = "/dataset", boxes: BoxReport | None = None
+) -> list[Problem] | None:
+    """The problems of a benchmark, file or upload; None of a task or a hub data set, which are made or fetched.
+
+    Raises:
+        UnknownReferenceError, DatasetError, SpecError: as :func:`check_dataset`.
+    """
+    found = parse_reference(ref, pointer=pointer)
+    if found.source in ("task", "hub"):
+        return None
+    if found.source == "benchmark":
+        return read_benchmark(found.name, found.args, data_root, pointer=pointer)
+    problems = read_jsonl(_file(found, data_root, pointer), pointer=pointer, boxes=boxes)
+    return of_levels(problems, found.args.get("level"), pointer=pointer)
+
+
+def local_file(ref: str, data_root: Path | None, *, pointer: str = "/dataset") -> Path | None:
+    """The file of a benchmark, file or upload that is there; None of a task or a hub data set."""
+    found = parse_reference(ref, pointer=pointer)
+    if found.source in ("task", "hub"):
+        return None
+    if found.source == "benchmark":
+        return Path(data_root) / BENCHMARKS[found.name].file
+    return _file(found, data_root, pointer)
 
 
 def load_problems(
@@ -125,11 +157,10 @@ def load_problems(
     if found.source == "task":
         problems = load_task(found.name, found.args)
     elif found.source == "hub":
-        problems = _load_hub(found, cache_dir, BoxReport() if boxes is None else boxes)
-    else:
-        problems = read_jsonl(_file(found, data_root, "/dataset"), boxes=boxes)
-    if found.source != "task":
+        problems = load_hub(found, cache_dir, BoxReport() if boxes is None else boxes)
         problems = of_levels(problems, found.args.get("level"))
+    else:
+        problems = local_problems(ref, data_root, boxes=boxes)
     if seed is not None:
         random.Random(seed).shuffle(problems)
     return problems[:limit]
@@ -150,7 +181,12 @@ def _arguments(query: str, pointer: str, *, literal: bool = True) -> dict[str, A
 
 def _check_names(source: str, args: dict[str, str], known: set[str], pointer: str) -> None:
     if unknown := sorted(set(args) - known):
-        a_source = {"file": "a file", "upload": "an uploaded data set", "hub": "a hub data set"}[source]
+        a_source = {
+            "benchmark": "a benchmark",
+            "file": "a file",
+            "upload": "an uploaded data set",
+            "hub": "a hub data set",
+        }[source]
         raise SpecError(
             f"{a_source} takes no argument {unknown[0]!r}",
             pointer=pointer,
@@ -194,7 +230,13 @@ def _known_files(root: Path, at_most: int = 20) -> list[str]:
     return sorted(path.name for path in root.glob("*.jsonl"))[:at_most] if root.is_dir() else []
 
 
-def _load_hub(found: Reference, cache_dir: Path | None, boxes: BoxReport) -> list[Problem]:
+def load_hub(found: Reference, cache_dir: Path | None, boxes: BoxReport) -> list[Problem]:
+    """The problems of a hub data set.
+
+    Raises:
+        RunError: ``dataset_unavailable``: the hub does not deliver it.
+        DatasetError: a row without problem or answer, or no row.
+    """
     try:
         from datasets import load_dataset
 

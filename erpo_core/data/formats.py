@@ -146,7 +146,7 @@ def to_problem(row: dict[str, Any], default_id: str, *, where: str, pointer: str
         problem=problem,
         answer=answer,
         solution=solution if isinstance(solution, str) else None,
-        level=level if isinstance(level, int | str) else None,
+        level=_level(level),
         subject=subject if isinstance(subject, str) else None,
     )
 
@@ -161,6 +161,14 @@ def _text(row: dict[str, Any], key: str, where: str, pointer: str, *, numbers: b
     if "\0" in value:
         raise DatasetError(f"{where}: {key!r} holds a NUL character", pointer=pointer, mend="remove it")
     return value
+
+
+def _level(value: Any) -> str | int | None:
+    """``Level 5`` is 5."""
+    if isinstance(value, str):
+        number = value.lower().removeprefix("level").strip()
+        return int(number) if number.isdecimal() else value
+    return value if isinstance(value, int) else None
 
 
 def clean_answer(answer: str) -> str:

@@ -2,13 +2,19 @@
 
 import re
 from collections.abc import Iterator
-from decimal import Decimal
+from fractions import Fraction
 
 # A box, an escaped character (a literal brace is no delimiter), or a brace.
 _TOKENS = re.compile(r"\\boxed\s*\{|\\.|[{}]", re.DOTALL)
 _THIN_SPACE_IN_NUMBER = re.compile(r"(?<=\d)(?:\\[,!;: ]|\{,\})(?=\d)")
+# Program notation: math-verify reads 4.5e33 as 4.5 times Euler's number times 33, and 3 1/2 as (3 + 1)/2.
+_SCIENTIFIC = re.compile(r"(?<![\w.\\}])([+-]?(?:\d+(?:\.\d*)?|\.\d+))[eE]([+-]?\d{1,4})(?![\w.{])")
+_SIDE_BY_SIDE = re.compile(r"(?<=\d)\s*\\q?quad\s*(?=[+-]?\d)")  # math-verify adds such numbers up
+_MIXED = re.compile(r"([+-]?\d+)\s+(\d+)/(\d+)")
 _NUMBER = re.compile(r"[+-]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|[+-]?\.\d+")
+_FRACTION = re.compile(r"([+-]?)(?:\\[dt]?frac\{(\d+)\}\{(\d+)\}|(\d+)/(\d+))")
 _MAX_NUMBER_CHARS = 40
+_AT_6_DECIMALS, _RELATIVE = Fraction(1, 2_000_000), Fraction(1, 1_000_000)
 
 
 def extract_boxed(text: str) -> str | None:
@@ -49,25 +55,38 @@ def has_answer(text: str) -> bool:
 
 
 def normalise(answer: str) -> str:
-    """Without dollar signs, a final stop, and the thin spaces in numbers that math-verify does not read."""
-    answer = answer.strip().strip("$").strip()
+    """Without dollar signs, a final stop, and the thin spaces in numbers that math-verify does not read.
+
+    ``4.5e33`` becomes ``4.5 \\times 10^{33}``, ``3 1/2`` becomes ``3\\frac{1}{2}``.
+    """
+    answer = answer.strip().removeprefix("\\$").strip("$").strip()
     if answer.endswith(".") and not answer.endswith(".."):
         answer = answer[:-1].rstrip()
-    return _THIN_SPACE_IN_NUMBER.sub("", answer)
+    if mixed := _MIXED.fullmatch(answer):
+        return f"{mixed[1]}\\frac{{{mixed[2]}}}{{{mixed[3]}}}"
+    answer = _SIDE_BY_SIDE.sub(", ", _THIN_SPACE_IN_NUMBER.sub("", answer))
+    return _SCIENTIFIC.sub(r"\1 \\times 10^{\2}", answer)
 
 
-def plain_number(answer: str) -> Decimal | None:
-    """A plain integer or decimal, thousands commas allowed; None for anything else."""
-    if len(answer) > _MAX_NUMBER_CHARS or not answer.isascii() or not _NUMBER.fullmatch(answer):
+def plain_number(answer: str) -> Fraction | None:
+    """A plain integer, decimal (thousands commas allowed) or fraction of whole numbers; None for anything else."""
+    if len(answer) > _MAX_NUMBER_CHARS or not answer.isascii():
         return None
-    return Decimal(answer.replace(",", ""))
+    if _NUMBER.fullmatch(answer):
+        return Fraction(answer.replace(",", ""))
+    fraction = _FRACTION.fullmatch(answer)
+    if fraction is None:
+        return None
+    sign, *digits = (part for part in fraction.groups() if part is not None)
+    above, below = map(int, digits)
+    return Fraction(-above if sign == "-" else above, below) if below else None
 
 
-def same_number(gold: Decimal, answer: Decimal) -> bool:
+def same_number(gold: Fraction, answer: Fraction) -> bool:
     """Integers exactly; otherwise equal at 6 decimals, as math-verify has it, and to one part in a million."""
     if gold == answer:
         return True
-    if gold == gold.to_integral_value() and answer == answer.to_integral_value():
+    if gold.denominator == answer.denominator == 1:
         return False
     difference = abs(gold - answer)
-    return difference <= Decimal("5e-7") and difference <= abs(gold) * Decimal("1e-6")
+    return difference <= _AT_6_DECIMALS and difference <= abs(gold) * _RELATIVE

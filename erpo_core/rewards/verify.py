@@ -11,15 +11,26 @@ from collections import OrderedDict, deque
 from collections.abc import Sequence
 from contextlib import suppress
 from enum import StrEnum
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from erpo_core.errors import RunError
 from erpo_core.rewards.answers import extract_boxed, normalise, plain_number, same_number
 
 MAX_ANSWER_CHARS = 2000
+RULES_VERSION = 2
+"""Counts changes of what is equal beyond math-verify's own, see docs/answers.md; 1 read boxes as plain text too."""
 _START_SECONDS = 120.0
 _CACHE_SIZE = 100_000
 _SOURCE_ROOT = str(Path(__file__).resolve().parents[2])
+
+
+def verifier_version() -> str | None:
+    """math-verify's version and that of our rules, ``0.9.0+2``: part of an evaluation's identity. None without it."""
+    try:
+        return f"{version('math-verify')}+{RULES_VERSION}"
+    except PackageNotFoundError:
+        return None
 
 
 class Verdict(StrEnum):
@@ -31,6 +42,15 @@ class Verdict(StrEnum):
     """No balanced box, an empty one, or one that holds nothing readable."""
     TIMEOUT = "timeout"
     CRASHED = "crashed"
+
+
+class Reading(StrEnum):
+    """What the verifier makes of a gold."""
+
+    EXPRESSION = "expression"
+    TEXT = "text"
+    """No mathematics: only an answer of the same text is right."""
+    NOTHING = "nothing"
 
 
 class Verifier:
@@ -74,7 +94,7 @@ class Verifier:
             known = {key: verdict for key in keys if (verdict := self._at_once(key)) is not None}
             open_keys = [key for key in dict.fromkeys(keys) if key not in known]
             asked = self._ask([{"gold": gold, "answer": answer} for gold, answer in open_keys])
-            for key, verdict in zip(open_keys, asked, strict=True):
+            for key, verdict in zip(open_keys, map(Verdict, asked), strict=True):
                 known[key] = verdict
                 if verdict is not Verdict.CRASHED:
                     self._remember(key, verdict)
@@ -83,7 +103,18 @@ class Verifier:
     def match_many(self, pattern: str, texts: Sequence[str]) -> list[Verdict]:
         """``right`` where a regular expression is found: under the deadline too, since some backtrack for ever."""
         with self._lock:
-            return self._ask([{"pattern": pattern, "text": text} for text in texts])
+            return list(map(Verdict, self._ask([{"pattern": pattern, "text": text} for text in texts])))
+
+    def read_golds(self, golds: Sequence[str]) -> list[Reading]:
+        """What golds are read as. One that cannot be read within the deadline is text: only its like can be right."""
+        tidied = list(map(normalise, golds))
+        known = {gold: Reading.EXPRESSION for gold in tidied if plain_number(gold) is not None}
+        open_golds = [gold for gold in dict.fromkeys(tidied) if gold not in known]
+        with self._lock:
+            asked = self._ask([{"gold": gold} for gold in open_golds])
+        readings = {*Reading}
+        known |= {g: Reading(r) if r in readings else Reading.TEXT for g, r in zip(open_golds, asked, strict=True)}
+        return [known[gold] for gold in tidied]
 
     def _at_once(self, key: tuple[str, str]) -> Verdict | None:
         """The verdict where it needs no mathematics."""
@@ -104,9 +135,9 @@ class Verifier:
         if len(self._cache) > _CACHE_SIZE:
             self._cache.popitem(last=False)
 
-    def _ask(self, requests: list[dict[str, str]]) -> list[Verdict]:
+    def _ask(self, requests: list[dict[str, str]]) -> list[str]:
         """Hand the requests to whichever process is free, and kill those that overrun."""
-        verdicts: list[Verdict | None] = [None] * len(requests)
+        verdicts: list[str] = [Verdict.CRASHED] * len(requests)
         waiting = deque(enumerate(requests))
         busy: dict[_Server, int] = {}
         try:
@@ -122,10 +153,10 @@ class Verifier:
             for server in busy:  # its answer would be taken for that of the next request
                 server.kill()
             raise
-        return [verdict or Verdict.CRASHED for verdict in verdicts]
+        return verdicts
 
 
-def _answered(busy: list["_Server"]) -> list[tuple["_Server", Verdict]]:
+def _answered(busy: list["_Server"]) -> list[tuple["_Server", str]]:
     """Wait until one has answered, died or overrun."""
     wait = max(0.0, min(server.expires for server in busy) - time.monotonic())
     readable, _, _ = select.select([server.output for server in busy], [], [], wait)
@@ -166,7 +197,7 @@ class _Server:
             self._process.stdin.write(line)
             self._process.stdin.flush()
 
-    def receive(self) -> Verdict | None:
+    def receive(self) -> str | None:
         """What came: a verdict, ``crashed`` if the process is gone, None if the line is not complete yet."""
         block = os.read(self.output, 65536)
         self._buffer += block
@@ -176,7 +207,7 @@ class _Server:
         if not self._buffer.endswith(b"\n"):
             return None
         line, self._buffer = self._buffer, b""
-        return Verdict(json.loads(line)["verdict"])
+        return json.loads(line)["verdict"]
 
     def kill(self) -> None:
         """End the process; the next request starts another."""

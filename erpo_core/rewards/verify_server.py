@@ -15,8 +15,11 @@ import sys
 from functools import lru_cache
 from typing import Any
 
+from erpo_core.data.formats import is_answer
+
 MEMORY_BYTES = 2 * 2**30
 RELATIVE_TOLERANCE = 1e-6
+_COMMAND = re.compile(r"\\[a-zA-Z]+\s*(?=[{\[])")
 
 
 def main() -> None:
@@ -46,6 +49,8 @@ def _serve(request: dict[str, str]) -> str:
     try:
         if "pattern" in request:
             return "right" if re.search(request["pattern"], request["text"], re.DOTALL) else "wrong"
+        if "answer" not in request:
+            return read(request["gold"])
         return judge(request["gold"], request["answer"])
     except MemoryError:
         return "crashed"
@@ -55,6 +60,15 @@ def _serve(request: dict[str, str]) -> str:
         if isinstance(error, KeyboardInterrupt | SystemExit):
             raise
         return "unparsable"
+
+
+def read(gold: str) -> str:
+    """``expression``, ``text`` (compared character by character) or ``nothing``."""
+    parsed = _parsed_gold(gold)
+    if parsed and not isinstance(parsed[0], str):
+        return "expression"
+    # Without mathematics: text, unless only commands and their empty arguments are left.
+    return "text" if is_answer(_COMMAND.sub("", gold)) else "nothing"
 
 
 def judge(gold: str, answer: str) -> str:
@@ -77,10 +91,14 @@ def _parsed_gold(gold: str) -> tuple[Any, ...]:
 
 
 def _parse(content: str) -> tuple[Any, ...]:
-    """Always within one box: a bare ``2x+1`` would be read as 2, and several boxes as a set."""
-    from math_verify import parse
+    """Always within one box: a bare ``2x+1`` would be read as 2, and several boxes as a set.
 
-    return tuple(parse(f"\\boxed{{{content}}}", parsing_timeout=None))
+    As LaTeX only: math-verify's other reading takes the last number of whatever LaTeX does not explain.
+    """
+    from math_verify import LatexExtractionConfig, parse
+
+    how = [LatexExtractionConfig(boxed_match_priority=0)]
+    return tuple(parse(f"\\boxed{{{content}}}", extraction_config=how, parsing_timeout=None))
 
 
 def _close(expected: Any, found: Any) -> bool:

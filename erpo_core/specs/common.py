@@ -30,7 +30,8 @@ ModelRef = Annotated[
 DatasetRef = Annotated[
     Name,
     Field(
-        description="`reasoning-gym:<task>?arg=value&size=N&seed=S`, `data:<file>.jsonl` in the data root, "
+        description="A benchmark (`GET /benchmarks`: `amc23`, `math500?level=5`, ...), "
+        "`reasoning-gym:<task>?arg=value&size=N&seed=S`, `data:<file>.jsonl` in the data root, "
         "an uploaded data set (`ds_...`), or a hub id."
     ),
 ]

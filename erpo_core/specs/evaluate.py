@@ -1,10 +1,12 @@
 """The body of `POST /jobs/evaluate`."""
 
-from typing import Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from erpo_core.specs.common import DatasetRef, HardwareSpec, JobOptions, ModelRef, PromptSpec, SamplingSpec, Spec
+
+PASS_AT = (1, 2, 4, 8, 16)
 
 
 class EvaluateSpec(Spec):
@@ -16,8 +18,8 @@ class EvaluateSpec(Spec):
     sampling: SamplingSpec = SamplingSpec()
     num_samples: int = Field(16, ge=1, le=1024, description="Answers per problem.")
     limit: int | None = Field(None, ge=1, description="Only the first problems, by order of the file.")
-    pass_at: tuple[int, ...] = Field(
-        (1, 2, 4, 8, 16), max_length=16, description="k of pass@k; k <= num_samples is reported."
+    pass_at: tuple[Annotated[int, Field(ge=1)], ...] = Field(
+        PASS_AT, max_length=16, description="k of pass@k and maj@k. Default: those of 1, 2, 4, 8, 16 up to num_samples."
     )
     truncated_boxed: Literal["credit", "wrong"] = Field(
         "credit", description="An answer cut at the length limit whose box had closed: credited, or wrong."
@@ -35,3 +37,15 @@ class EvaluateSpec(Spec):
     bf16: bool | None = Field(None, description="null: float32 on the CPU, bfloat16 on CUDA.")
     hardware: HardwareSpec = HardwareSpec()
     job: JobOptions = JobOptions()
+
+    @model_validator(mode="after")
+    def _check_pass_at(self) -> Self:
+        if "pass_at" not in self.model_fields_set:
+            object.__setattr__(self, "pass_at", tuple(k for k in PASS_AT if k <= self.num_samples))
+        for k in self.pass_at:
+            if k > self.num_samples:
+                raise ValueError(
+                    f"pass_at: pass@{k} needs {k} samples of each problem, num_samples is {self.num_samples}; "
+                    f"write k up to {self.num_samples}, or num_samples of at least {k}"
+                )
+        return self

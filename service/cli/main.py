@@ -75,7 +75,7 @@ def _add_groups() -> None:
     from service.cli import data, db, jobs, keys, train
 
     app.command("train")(train.train)
-    app.command("data-import")(data.data_import)
+    app.add_typer(data.app, name="data")
     app.add_typer(jobs.app, name="jobs")
     app.add_typer(keys.app, name="keys")
     app.add_typer(db.app, name="db")

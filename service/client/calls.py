@@ -1,6 +1,8 @@
 """Every route of the API as a request value. Both clients take their methods from here, so they cannot differ."""
 
+from collections.abc import Sequence
 from typing import Any
+from urllib.parse import urlencode
 
 from service.client.protocol import Call, call
 
@@ -8,6 +10,11 @@ from service.client.protocol import Call, call
 def submit(path: str, body: dict[str, Any], *, dry_run: bool = False, wait: float | None = None) -> Call:
     """A job order."""
     return call("POST", path, json=body, dry_run=dry_run or None, wait=wait)
+
+
+def _path(path: str, run_ids: Sequence[str]) -> str:
+    """A parameter that comes several times."""
+    return f"{path}?{urlencode([('evaluation', run_id) for run_id in run_ids])}"
 
 
 class JobCalls:
@@ -97,13 +104,25 @@ class RunCalls:
 class EvaluationCalls:
     """Under ``/evaluations``."""
 
-    def get(self, run_id: str) -> Call:
-        """One evaluation; ``result`` holds its numbers."""
-        return call("GET", f"/evaluations/{run_id}")
+    def get(self, run_id: str, **query: Any) -> Call:
+        """One evaluation; ``result`` holds its numbers. ``pass_at``, ``truncated_boxed``, ``verify``: anew."""
+        return call("GET", f"/evaluations/{run_id}", **query)
 
     def items(self, run_id: str, **query: Any) -> Call:
-        """A page of its answers."""
+        """A page of its answers; query: verdict, prompt_id, cursor, limit."""
         return call("GET", f"/evaluations/{run_id}/items", **query)
+
+    def problems(self, run_id: str, **query: Any) -> Call:
+        """A page of its problems with the counts of their answers."""
+        return call("GET", f"/evaluations/{run_id}/problems", **query)
+
+    def compare(self, run_ids: Sequence[str]) -> Call:
+        """Paired differences to the first on each benchmark, with intervals and tests."""
+        return call("GET", _path("/evaluations/compare", run_ids))
+
+    def report(self, run_ids: Sequence[str], *, format: str = "json", **query: Any) -> Call:
+        """A table for a paper; ``format``: json, markdown, csv, latex; query: table, paper."""
+        return call("GET", _path("/evaluations/report", run_ids), accept="*/*", format=format, **query)
 
 
 class EntropyCalls:
@@ -148,6 +167,10 @@ class RegistryCalls:
     def models(self) -> Call:
         """Names that may stand as ``model``."""
         return call("GET", "/models")
+
+    def benchmarks(self) -> Call:
+        """Benchmarks that may stand as ``dataset``, and whether their problems are there."""
+        return call("GET", "/benchmarks")
 
     def workers(self) -> Call:
         """Workers and when they were last heard of."""

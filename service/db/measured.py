@@ -69,6 +69,8 @@ class Completion(Base):
     prompt: Mapped[str] = mapped_column(LongText, default="")
     completion: Mapped[str] = mapped_column(LongText)
     gold: Mapped[str | None] = mapped_column(LongText)
+    level: Mapped[str | None] = mapped_column(ShortText(40))
+    subject: Mapped[str | None] = mapped_column(ShortText(200))
     rewards: Mapped[dict[str, Any]] = mapped_column(default=dict)
     reward: Mapped[float | None] = mapped_column(Float)
     advantage: Mapped[float | None] = mapped_column(Float)

@@ -22,6 +22,8 @@ _COMPLETION_FIELDS = (
     "prompt",
     "completion",
     "gold",
+    "level",
+    "subject",
     "rewards",
     "reward",
     "advantage",

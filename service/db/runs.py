@@ -43,6 +43,7 @@ def list_completions(
     step_min: int | None = None,
     step_max: int | None = None,
     verdict: str | None = None,
+    prompt_id: str | None = None,
     cursor: str | None = None,
     limit: int = 50,
 ) -> Page:
@@ -56,19 +57,38 @@ def list_completions(
         query = query.where(Completion.step <= clamp(step_max))
     if verdict is not None:
         query = query.where(Completion.verdict == verdict)
+    if prompt_id is not None:
+        query = query.where(Completion.prompt_id == prompt_id)
     return read_page(s, query, Completion.id, cursor=cursor, limit=limit, newest_first=False)
 
 
 def list_items(
-    s: Session, run_id: str, *, verdict: str | None = None, cursor: str | None = None, limit: int = 50
+    s: Session,
+    run_id: str,
+    *,
+    verdict: str | None = None,
+    prompt_id: str | None = None,
+    cursor: str | None = None,
+    limit: int = 50,
 ) -> Page:
     """Answers of an evaluation."""
-    return list_completions(s, run_id, verdict=verdict, cursor=cursor, limit=limit)
+    return list_completions(s, run_id, verdict=verdict, prompt_id=prompt_id, cursor=cursor, limit=limit)
 
 
 def stored_answers(s: Session, run_id: str) -> list[dict[str, Any]]:
     """Every stored answer of an evaluation, without its prompt."""
-    names = ("prompt_id", "sample", "completion", "verdict", "boxed", "truncated", "num_tokens")
+    names = (
+        "prompt_id",
+        "sample",
+        "completion",
+        "gold",
+        "verdict",
+        "boxed",
+        "truncated",
+        "num_tokens",
+        "level",
+        "subject",
+    )
     query = select(*(getattr(Completion, name) for name in names)).where(Completion.run_id == run_id)
     return [dict(zip(names, row, strict=True)) for row in s.execute(query)]
 

@@ -4,6 +4,7 @@ A page shares its address with a JSON document (``/runs/{id}``). Its route exist
 ``text/html``; all others fall through to the API's route of the same path.
 """
 
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -23,17 +24,22 @@ _HEADERS = {"Cache-Control": "no-cache", "Vary": "Accept"}
 _templates = Environment(loader=FileSystemLoader(_HOME / "templates"), autoescape=select_autoescape())
 
 
+_RUN_ID = r"^[a-z]+_[0-9a-f]{32}$"
+
+
 class PageRoute(APIRoute):
-    """A route that matches browsers only."""
+    """A route that matches browsers only, and no literal path where an id is meant (``/evaluations/report``)."""
 
     def matches(self, scope):
         if scope["type"] == "http" and not wants_html(Request(scope)):
             return Match.NONE, {}
-        return super().matches(scope)
+        match, found = super().matches(scope)
+        run_id = found.get("path_params", {}).get("run_id")
+        return (match, found) if run_id is None or re.match(_RUN_ID, run_id) else (Match.NONE, {})
 
 
 router = APIRouter(route_class=PageRoute, include_in_schema=False, default_response_class=HTMLResponse)
-RunId = Annotated[str, PathParameter(pattern=r"^[a-z]+_[0-9a-f]{32}$")]
+RunId = Annotated[str, PathParameter(pattern=_RUN_ID)]
 
 
 def add_dashboard(app: FastAPI) -> None:
@@ -54,10 +60,16 @@ def run(run_id: RunId) -> Response:
     return _page("run.html", title="Run", module="run.js", run_id=run_id)
 
 
+@router.get("/evaluations/compare")
+def comparison() -> Response:
+    """Evaluations of several models, problem by problem."""
+    return _page("comparison.html", title="Compare evaluations", module="comparison.js")
+
+
 @router.get("/evaluations/{run_id}")
 def evaluation(run_id: RunId) -> Response:
-    """An evaluation is shown as a run."""
-    return _page("run.html", title="Evaluation", module="run.js", run_id=run_id)
+    """One evaluation: numbers with their intervals, every problem, every answer with its verdict."""
+    return _page("evaluation.html", title="Evaluation", module="evaluation.js", run_id=run_id)
 
 
 @router.get("/analyze/entropy/{run_id}")

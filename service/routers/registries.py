@@ -6,6 +6,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Query, Response, UploadFile
 from fastapi.responses import JSONResponse
 
+from erpo_core.data.benchmarks import BENCHMARKS, is_present
 from erpo_core.models import KNOWN_MODELS
 from erpo_core.rewards.functions import known_rewards
 from service.auth import Reader, Submitter
@@ -16,8 +17,8 @@ from service.deps import AppSettings, Db
 from service.idempotency import Answer, OnlyOnce
 from service.pagination import DEFAULT_LIMIT, Cursor, Limit, page_json
 from service.schemas.common import Page, problems
-from service.schemas.registries import DatasetEntry, ModelEntry, RewardEntry, Worker
-from service.shape import dataset_json
+from service.schemas.registries import BenchmarkEntry, DatasetEntry, ModelEntry, RewardEntry, Worker
+from service.shape import benchmark_json, dataset_json
 from service.uploads import check_upload, store_upload
 from service.workerview import worker_json
 
@@ -35,6 +36,17 @@ def list_models(principal: Reader) -> Any:
 def list_rewards(principal: Reader) -> Any:
     """Reward functions: those of ERPO Lab, and those that packages register in the group `erpo_lab.rewards`."""
     return page_json(known_rewards(), None, lambda row: row)
+
+
+@router.get("/benchmarks", response_model=Page[BenchmarkEntry], responses=problems(401))
+def list_benchmarks(settings: AppSettings, principal: Reader) -> Any:
+    """Benchmarks that may stand as `dataset`. Their problems come into the data root by `erpo data fetch` or `import`.
+
+    `?level=` and `?subject=` choose among their problems: `math500?level=4,5`. Any task of reasoning-gym, uploaded data
+    set or JSONL file of the data root is evaluated in the same way.
+    """
+    rows = [BENCHMARKS[name] for name in sorted(BENCHMARKS)]
+    return page_json(rows, None, lambda row: benchmark_json(row, is_present(row, settings.data_root)))
 
 
 @router.get("/datasets", response_model=Page[DatasetEntry], responses=problems(400, 401))

@@ -24,6 +24,18 @@ class RewardEntry(BaseModel):
     source: str = Field(description="`built-in`, or the package that registers it.")
 
 
+class BenchmarkEntry(BaseModel):
+    """A benchmark that may stand as `dataset`."""
+
+    name: str
+    num_problems: int
+    license: str
+    source: str
+    file: str = Field(description="In the data root.")
+    hub: str = Field(description="Where `erpo data fetch` gets it.")
+    is_present: bool = Field(description="Whether the file is in the service's data root.")
+
+
 class DatasetEntry(BaseModel):
     """A name that may stand as `dataset`."""
 

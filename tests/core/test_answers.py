@@ -35,9 +35,9 @@ def test_the_last_balanced_box_is_the_answer(text, expected):
 
 @pytest.mark.parametrize("text", ["\\boxed{" * 200_000, "\\boxed{1}" * 200_000, "{" * 1_000_000, "\\" * 1_000_001])
 def test_hostile_responses_take_linear_time(text):
-    started = time.perf_counter()
+    started = time.process_time()
     extract_boxed(text)
-    assert time.perf_counter() - started < 5
+    assert time.process_time() - started < 5
 
 
 @given(st.text(alphabet="\\boxed{}1 x", max_size=60))
@@ -82,12 +82,20 @@ def test_normalising_keeps_the_meaning(answer, expected):
         ("0", "0.0000001", False),
         ("+5", "5", True),
         (".5", "0.5", True),
+        ("1/2", "0.5", True),
+        ("-\\frac{10}{4}", "-2.5", True),
+        ("5", "\\dfrac{10}{2}", True),
+        ("1/3", "0.333333", True),
+        ("1/3", "0.3333", False),
+        ("5", "11/2", False),
     ],
 )
 def test_plain_numbers_compare_as_numbers(gold, answer, same):
     assert same_number(plain_number(gold), plain_number(answer)) is same
 
 
-@pytest.mark.parametrize("text", ["1/2", "1e5", "6,-8", "1,23", "", "٣", "1" * 50, "x", "5 i"])
+@pytest.mark.parametrize(
+    "text", ["1/0", "1/2/3", "-1/-2", "\\frac12", "1e5", "6,-8", "1,23", "", "٣", "1" * 50, "x", "5 i"]
+)
 def test_other_answers_are_no_plain_numbers(text):
     assert plain_number(text) is None

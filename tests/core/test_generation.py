@@ -19,8 +19,13 @@ EXAMPLE = "A worked example that every prompt begins with, long enough to be com
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    return load_model(make_tiny_model(tmp_path_factory.mktemp("tiny")), dtype=torch.float32)
+def folder(tmp_path_factory):
+    return make_tiny_model(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def tiny(folder):
+    return load_model(folder, dtype=torch.float32)
 
 
 @pytest.fixture
@@ -173,8 +178,8 @@ def adapted(path, **changes):
     return get_peft_model(model, LoraConfig(**settings)).eval()
 
 
-def test_a_snapshot_samples_what_the_policy_samples_and_leaves_its_base_alone(tiny):
-    policy = adapted(tiny[0])
+def test_a_snapshot_samples_what_the_policy_samples_and_leaves_its_base_alone(folder, tiny):
+    policy = adapted(folder)
     before = {name: parameter.clone() for name, parameter in policy.named_parameters()}
     # As TRL does: a method of the instance that still means the instance after a copy.
     base = policy.get_base_model()
@@ -206,11 +211,11 @@ def test_a_streamed_linear_is_a_linear(rows):
     torch.testing.assert_close(streamed(states), plain(states), atol=1e-5, rtol=1e-5)
 
 
-def test_only_plain_lora_in_float32_has_a_snapshot(tiny):
-    assert PolicySnapshot.suits(adapted(tiny[0]))
-    assert not PolicySnapshot.suits(adapted(tiny[0], use_dora=True))
-    assert not PolicySnapshot.suits(adapted(tiny[0]).bfloat16())
-    assert not PolicySnapshot.suits(AutoModelForCausalLM.from_pretrained(tiny[0]))
+def test_only_plain_lora_in_float32_has_a_snapshot(folder):
+    assert PolicySnapshot.suits(adapted(folder))
+    assert not PolicySnapshot.suits(adapted(folder, use_dora=True))
+    assert not PolicySnapshot.suits(adapted(folder).bfloat16())
+    assert not PolicySnapshot.suits(AutoModelForCausalLM.from_pretrained(folder))
 
 
 def test_the_engines_own_log_probabilities_are_those_of_the_model(tiny, engine):

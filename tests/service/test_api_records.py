@@ -248,6 +248,8 @@ def test_every_answer_is_as_documented(api, database, owned, tmp_path):
     for route in create_app(Settings(data_dir=tmp_path / "routes")).routes:
         if not isinstance(route, APIRoute) or "GET" not in route.methods or not route.response_model:
             continue
+        if route.path in ("/evaluations/compare", "/evaluations/report"):  # ids in the query: test_api_evaluations
+            continue
         at = next((found for prefix, found in ids.items() if route.path.startswith(prefix)), owned)
         path = re.sub(r"\{(job|run)_id\}", lambda m, at=at: getattr(at, f"{m[1]}_id"), route.path).format(n=0, step=200)
         body = api.get(path).json()

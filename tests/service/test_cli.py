@@ -25,7 +25,7 @@ def test_help_loads_neither_server_nor_database():
 
 
 def test_every_command_has_a_help_text():
-    for command in (["up"], ["demo"], ["serve"], ["worker"], ["train"], ["data-import"], ["jobs"], ["keys"], ["db"]):
+    for command in (["up"], ["demo"], ["serve"], ["worker"], ["train"], ["data", "import"], ["jobs"], ["keys"], ["db"]):
         result = runner.invoke(app, [*command, "--help"])
         assert result.exit_code == 0, command
 

@@ -29,7 +29,8 @@ async function pages(path, values) {
   return [rows, more];
 }
 
-const address = (job) => (job.kind === "entropy" && job.status === "succeeded" ? `/analyze/entropy/${job.run_id}` : `/runs/${job.run_id}`);
+const PATHS = { evaluate: "/evaluations", entropy: "/analyze/entropy" };
+const address = (job) => `${(job.kind !== "entropy" || job.status === "succeeded") && PATHS[job.kind] || "/runs"}/${job.run_id}`;
 
 function subject(spec) {
   const algorithm = spec.algorithm ? spec.algorithm.toUpperCase() : null;

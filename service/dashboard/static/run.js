@@ -1,32 +1,21 @@
 // The page of one run: follows the job's events and shows what has been recorded.
-import { follow, getJson, postJson, query, showNotice } from "./api.js";
+import { follow, getJson, query, showNotice } from "./api.js";
+import { showFields, showJobHead, showJobProgress, throttled } from "./job_head.js";
 import { Charts } from "./run_charts.js";
 import { Completions } from "./run_completions.js";
-import { byId, duration, el, modelName, number, percent, pill, progressBar, shortId, took, when } from "./dom.js";
+import { byId, duration, el, modelName, number, percent, shortId, took, when } from "./dom.js";
 
 const runId = document.body.dataset.runId;
 const state = { run: null, job: null, progress: null, streaming: false };
 const charts = new Charts(runId);
 const completions = new Completions(runId);
 
-// Do the work at most once a second, and once more after the last call.
-function throttled(work) {
-  let due = false, waiting = false;
-  const turn = async () => {
-    due = false;
-    waiting = true;
-    try { await work(); } catch (error) { if (error.status !== 404) showNotice(error.message); }
-    setTimeout(() => { waiting = false; if (due) turn(); }, 1000);
-  };
-  return () => { due = true; if (!waiting) turn(); };
-}
-
 const refreshRun = throttled(async () => {
   state.run = await getJson(`/runs/${runId}`);
   showFacts();
   showTiles();
-  showConfig("config", "config-section", state.run.spec);
-  showConfig("resolved", "resolved-section", state.run.resolved);
+  showConfig();
+  showFields("resolved", "resolved-section", state.run.resolved);
 });
 const refreshJob = throttled(async () => {
   if (!state.run?.job_id) return;
@@ -63,42 +52,18 @@ function checkpointItem(checkpoint) {
 
 function showJob() {
   const { job } = state;
-  byId("status").replaceChildren(pill(job.status, job.stalled));
-  byId("name").textContent = job.name || { train: "Training", evaluate: "Evaluation", entropy: "Entropy analysis" }[job.kind] || job.kind;
-  document.title = `${job.status} · ${byId("name").textContent} · ERPO Lab`;
-  byId("actions").replaceChildren(...actions(job));
-  const trouble = byId("error");
-  trouble.hidden = !job.error;
-  if (job.error) {
-    trouble.replaceChildren(el("strong", {}, job.error.code || "failed"), ` ${job.error.message || ""}`,
-      job.error.log_tail ? el("pre", {}, job.error.log_tail) : "");
-  }
+  const heatMap = job.kind === "entropy" ? [el("a", { class: "button main", href: `/analyze/entropy/${runId}` }, "Open the heat map")] : [];
+  showJobHead(job, heatMap, () => { refreshJob(); if (!state.streaming) listen(); });
   showFacts();
 }
 
-function actions(job) {
-  const act = (label, action, body) => el("button", { type: "button", class: action === "cancel" ? "button danger" : "button", onclick: () => perform(label, action, body) }, label);
-  const buttons = [];
-  if (job.kind === "entropy") buttons.push(el("a", { class: "button main", href: `/analyze/entropy/${runId}` }, "Open the heat map"));
-  if (["queued", "starting", "running"].includes(job.status)) {
-    if (job.kind === "train") buttons.push(act("Pause", "pause"));
-    buttons.push(act("Cancel", "cancel", { mode: "checkpoint" }));
-  }
-  if (job.status === "paused") buttons.push(act("Resume", "resume"), act("Cancel", "cancel", { mode: "now" }));
-  if (["failed", "cancelled"].includes(job.status)) buttons.push(act("Retry", "retry"));
-  return buttons;
+function showProgress() {
+  const data = { ...(state.progress?.data || {}), ...state.progress };
+  showJobProgress(state.job, state.progress && data, [["reward", data.reward], ["entropy", data.entropy], ["tokens/s", data.tokens_per_second]]);
 }
 
-async function perform(label, action, body) {
-  if (action === "cancel" && !confirm("Cancel this job?")) return;
-  try {
-    await postJson(`/jobs/${state.job.id}/${action}`, body);
-    showNotice("");
-  } catch (error) {
-    showNotice(`${label}: ${error.message}`);
-  }
-  refreshJob();
-  if (!state.streaming) listen();
+function showConfig() {
+  showFields("config", "config-section", state.run.spec, byId("config-filter").value.trim().toLowerCase());
 }
 
 function showFacts() {
@@ -109,21 +74,6 @@ function showFacts() {
     job && `attempt ${job.attempt}`, job && took(job) !== null && `took ${duration(took(job))}`, `created ${when(run.created_at)}`];
   byId("facts").textContent = parts.filter(Boolean).join("  ·  ");
   byId("crumb").textContent = shortId(run.id);
-}
-
-function showProgress() {
-  const { job, progress } = state;
-  const active = job && !job.is_terminal && progress;
-  byId("progress").hidden = !active;
-  if (!active) return;
-  const data = { ...(progress.data || {}), ...progress };
-  const facts = [
-    [progress.phase, `${progress.done} / ${progress.total}`],
-    ["reward", data.reward], ["entropy", data.entropy], ["tokens/s", data.tokens_per_second],
-  ].filter(([, v]) => v !== undefined && v !== null);
-  byId("progress").replaceChildren(progressBar(progress),
-    el("dl", { class: "inline-facts" }, facts.map(([name, v]) => el("div", {}, el("dt", {}, name), el("dd", { class: "mono" }, typeof v === "string" ? v : number(v)))),
-      data.eta_seconds != null ? el("div", {}, el("dt", {}, "left"), el("dd", { class: "mono" }, duration(data.eta_seconds))) : null));
 }
 
 function showTiles() {
@@ -139,20 +89,6 @@ function showTiles() {
   byId("tiles").hidden = !tiles.length;
   byId("tiles").replaceChildren(...tiles.map(([label, value, note]) =>
     el("div", { class: "tile" }, el("span", { class: "tile-label" }, label), el("span", { class: "tile-value" }, value), el("span", { class: "muted small" }, note))));
-}
-
-function flat(value, prefix = "") {
-  return Object.entries(value || {}).flatMap(([key, v]) =>
-    v && typeof v === "object" && !Array.isArray(v) ? flat(v, `${prefix}${key}.`) : [[prefix + key, v]]);
-}
-
-function showConfig(listId, sectionId, value) {
-  const rows = flat(value);
-  byId(sectionId).hidden = !rows.length;
-  const wanted = byId("config-filter").value.trim().toLowerCase();
-  const shown = listId === "config" && wanted ? rows.filter(([k, v]) => `${k} ${JSON.stringify(v)}`.toLowerCase().includes(wanted)) : rows;
-  byId(listId).replaceChildren(...shown.flatMap(([key, v]) => [el("dt", {}, key),
-    el("dd", { class: v === null ? "mono muted" : "mono" }, typeof v === "string" ? v : JSON.stringify(v))]));
 }
 
 function tell(event) {
@@ -193,7 +129,7 @@ async function start() {
     showNotice(error.message);
     return;
   }
-  byId("config-filter").addEventListener("input", () => showConfig("config", "config-section", state.run.spec));
+  byId("config-filter").addEventListener("input", showConfig);
   for (const work of [refreshRun, refreshJob, refreshCharts, refreshCompletions, refreshTraces, refreshCheckpoints]) work();
   if (state.run.job_id) listen();
 }
