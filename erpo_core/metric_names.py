@@ -20,6 +20,7 @@ METRICS: dict[str, str] = {
     "num_active_tokens": "Tokens that carry loss, mean over the micro-batches.",
     "tokens_per_second": "Sampled tokens per second of the whole step.",
     "memory/peak_bytes": "Peak memory: of the device on CUDA, of the process on the CPU.",
+    "completions/sampled_tokens": "Tokens of all answers of a generation.",
     "completions/mean_length": "Mean length of the answers, tokens.",
     "completions/min_length": "Shortest answer.",
     "completions/max_length": "Longest answer.",

@@ -4,6 +4,7 @@
 alive; every process that an attempt starts inherits ``ERPO_ATTEMPT=<job>:<n>``, and that is what it is known by.
 """
 
+import contextlib
 import ctypes
 import os
 import signal
@@ -112,3 +113,14 @@ def _prctl(option: int, value: int) -> None:
     libc = ctypes.CDLL(None, use_errno=True)
     if hasattr(libc, "prctl"):
         libc.prctl(option, value, 0, 0, 0)
+
+
+def ranks_of(launcher: int) -> list[psutil.Process]:
+    """The processes that torchrun has started for a job; none where the job is one process."""
+    found = []
+    with contextlib.suppress(psutil.Error):
+        for process in psutil.Process(launcher).children():
+            with contextlib.suppress(psutil.Error):
+                if "LOCAL_RANK" in process.environ():
+                    found.append(process)
+    return found

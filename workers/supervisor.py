@@ -3,6 +3,7 @@
 The supervisor raises nothing that a job could cause. It is over only when no process of the attempt is left.
 """
 
+import contextlib
 import json
 import logging
 import os
@@ -22,7 +23,7 @@ from workers.claims import Attempt
 from workers.heart import Heart
 from workers.joblog import JobLog
 from workers.outcome import Order, Outcome, classify, memory_kills
-from workers.processes import ATTEMPT_VARIABLE, adopt_orphans, kill_attempt, reap_orphans
+from workers.processes import ATTEMPT_VARIABLE, adopt_orphans, kill_attempt, ranks_of, reap_orphans
 from workers.recorder import Recorder
 
 log = logging.getLogger(__name__)
@@ -141,14 +142,17 @@ class Supervisor:
         return self._settings.shutdown_seconds if order is Order.LEAVE else self._settings.grace_seconds
 
     def _ask_to_leave(self, child: subprocess.Popen) -> None:
-        """SIGTERM to the group, once."""
+        """SIGTERM, once: to the ranks where there are any, whose launcher would soon kill them; else to the group."""
         if self._asked:
             return
         self._asked = True
-        try:
-            os.killpg(child.pid, signal.SIGTERM)
-        except ProcessLookupError:
+        if ranks := ranks_of(child.pid):
+            for process in ranks:
+                with contextlib.suppress(psutil.Error):
+                    process.terminate()
             return
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGTERM)
 
     def _end(self, child: subprocess.Popen, root: psutil.Process) -> None:
         """Kill what is left of the attempt and collect the child."""

@@ -1,8 +1,8 @@
 """Parts that several job specifications share. Field names are TRL's, PEFT's and vLLM's own where they have one."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Name = Annotated[str, Field(min_length=1, max_length=200)]
 Text = Annotated[str, Field(min_length=1, max_length=200_000)]
@@ -76,8 +76,16 @@ class RewardSpec(Spec):
 class HardwareSpec(Spec):
     """What the job runs on."""
 
-    num_gpus: int = Field(0, ge=0, le=64, description="0: whatever the worker has, the CPU included.")
-    strategy: Literal["single", "ddp"] = "single"
+    num_gpus: int = Field(
+        0, ge=0, le=64, description="0: what the worker has. Above 1: one process each, on a CPU where there is no GPU."
+    )
+    strategy: Literal["single", "ddp"] = Field("single", description="`ddp`: every process holds the whole model.")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.num_gpus > 1 and self.strategy == "single":
+            raise ValueError("strategy: several devices need `ddp`; write it, or num_gpus 1")
+        return self
 
 
 class JobOptions(Spec):

@@ -52,6 +52,12 @@ class SftTrainSpec(BaseTrainSpec):
     algorithm: Literal["sft"] = "sft"
     train_batch_size: int = Field(16, ge=1, le=65_536, description="Solutions per optimizer step.")
 
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.hardware.num_gpus > 1:
+            raise ValueError("algorithm: `sft` trains in one process; write hardware.num_gpus 1")
+        return self
+
 
 class GrpoTrainSpec(BaseTrainSpec):
     """GRPO as ERPO Lab runs it: the same loop, data order, loss and scoring as ERPO, with A_i for every token."""
@@ -128,6 +134,13 @@ class GrpoTrainSpec(BaseTrainSpec):
         if (self.max_completion_length or 1) + (self.max_prompt_length or 1) > self.max_length:
             field = "max_prompt_length" if self.max_completion_length is None else "max_completion_length"
             raise ValueError(f"{field}: must be below max_length, which counts prompt and completion")
+        if self.generation_batch_size % max(1, self.hardware.num_gpus):
+            raise ValueError(
+                f"generation_batch_size: {self.generation_batch_size} answers are not equally many on each of "
+                f"{self.hardware.num_gpus} devices; write a multiple of both"
+            )
+        if self.use_vllm and self.hardware.num_gpus > 1:
+            raise ValueError("use_vllm: not with several devices yet; write false, or hardware.num_gpus 1")
         if self.use_vllm and self.lora is None:
             raise ValueError(
                 "use_vllm: vLLM is sent LoRA adapters at each step, not every weight; keep `lora`, or write false"

@@ -12,6 +12,7 @@ from erpo_core.checkpoints import checkpoint_folder, manifest_files
 from erpo_core.job import Stop
 from erpo_core.records import Checkpoint, Completions, Event, Metrics, Progress, Sink
 from erpo_core.rewards.verify import Verdict
+from erpo_core.trainer.ranks import total_of
 from erpo_core.trainer.traces import trace_records
 
 _IGNORED_METRICS = {"epoch", "total_flos", "train_loss", "train_runtime", "step_time"}
@@ -25,6 +26,8 @@ class RecordCallback(TrainerCallback):
         self.trainer = None
         self.last: dict[str, float] = {}
         self.tokens = 0
+        self.stopped = False
+        """Did somebody ask the training to leave before its end?"""
         self._recent: deque[dict[str, float]] = deque(maxlen=_SUMMARY_STEPS)
         self._skipped = 0
         self._sink, self._stop, self._accuracy, self._origin = sink, stop, accuracy, origin
@@ -33,9 +36,9 @@ class RecordCallback(TrainerCallback):
         self._first_step = 0
 
     def attach(self, trainer) -> None:
-        """Take what the trainer keeps of its steps."""
+        """Take what the trainer keeps of its steps; only the first process reports."""
         self.trainer = trainer
-        trainer.keeps_rollouts = True
+        trainer.keeps_rollouts = trainer.is_world_process_zero()
 
     def summary(self) -> dict[str, float]:
         """The mean of each metric over the last steps, where it was measured."""
@@ -48,8 +51,8 @@ class RecordCallback(TrainerCallback):
         return found
 
     def count_tokens(self, batches: list, logs: dict[str, float]) -> int:
-        """Tokens of one step: those that were sampled."""
-        return sum(sum(batch.lengths) for batch in batches)
+        """Tokens of one step: those that were sampled, by all processes."""
+        return round(logs.get("completions/sampled_tokens") or 0)
 
     def on_train_begin(self, args, state, control, **kwargs):
         self._started = self._step_started = time.monotonic()
@@ -57,7 +60,7 @@ class RecordCallback(TrainerCallback):
         self._skipped = self.trainer.run_state.skipped_steps
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if not logs or "loss" not in logs:
+        if not logs or "loss" not in logs or not state.is_world_process_zero:
             return
         now = time.monotonic()
         seconds, self._step_started = now - self._step_started, now
@@ -80,11 +83,13 @@ class RecordCallback(TrainerCallback):
         self._sink.emit(Progress("train", state.global_step, state.max_steps, self._progress(state, metrics)))
 
     def on_step_end(self, args, state, control, **kwargs):
-        if self._stop.requested:
-            control.should_save = True
-            control.should_training_stop = True
+        # The ranks are asked to leave at different moments, and must leave after the same step.
+        if total_of(self.trainer.accelerator, [float(self._stop.requested)])[0]:
+            self.stopped = control.should_save = control.should_training_stop = True
 
     def on_save(self, args, state, control, **kwargs):
+        if not state.is_world_process_zero:
+            return
         folder = checkpoint_folder(Path(args.output_dir), state.global_step)
         data = {name: self.last.get(name) for name in ("reward", "entropy", "kl")}
         self._sink.emit(Checkpoint(state.global_step, str(folder), manifest_files(folder), data))

@@ -1,7 +1,10 @@
 """One training job: from a specification to records."""
 
+import math
+import os
 import platform
 import time
+from contextlib import AbstractContextManager
 from dataclasses import fields
 from importlib.metadata import version
 from pathlib import Path
@@ -73,7 +76,8 @@ def run_training(spec: GrpoTrainSpec, inputs: JobInputs, sink: Sink, stop: Stop)
     """
     started = time.monotonic()
     sink.emit(Progress("load", 0, 1))
-    path = prepare_model(inputs.model.base, cache_dir=inputs.cache_dir, model_roots=inputs.model_roots)
+    with first_process_first():
+        path = prepare_model(inputs.model.base, cache_dir=inputs.cache_dir, model_roots=inputs.model_roots)
     model, tokenizer, info = load_policy(inputs, dtype=_load_dtype(spec, path), trainable=True)
     problems = load_training_problems(spec, inputs, sink)
     dataset, dropped = make_dataset(tokenizer, problems, spec)
@@ -104,7 +108,7 @@ def run_training(spec: GrpoTrainSpec, inputs: JobInputs, sink: Sink, stop: Stop)
     done = trainer.state.global_step
     summary = {
         "steps": done,
-        "stopped": stop.requested and done < trainer.state.max_steps,
+        "stopped": records.stopped and done < trainer.state.max_steps,
         "tokens": records.tokens,
         "seconds": time.monotonic() - started,
         "train_loss": output.training_loss,
@@ -119,13 +123,13 @@ def make_config(spec: GrpoTrainSpec, output_dir: Path, *, bf16: bool) -> ERPOCon
     values = {name: getattr(spec, name) for name in PASSED_THROUGH}
     if isinstance(spec, ErpoTrainSpec):
         values |= {name: getattr(spec, name) for name in ERPO_ONLY}
+    share = spec.generation_batch_size // max(1, spec.hardware.num_gpus)
     # On a GPU one group a micro-batch bounds the memory; on a CPU one micro-batch wastes the least time.
-    size = spec.num_generations if torch.cuda.is_available() else spec.generation_batch_size
-    accumulation = spec.generation_batch_size // size
+    size = math.gcd(spec.num_generations, share) if torch.cuda.is_available() else share
     return ERPOConfig(
         output_dir=str(output_dir),
         per_device_train_batch_size=size,
-        gradient_accumulation_steps=accumulation,
+        gradient_accumulation_steps=share // size,
         reward_weights=[reward.weight for reward in spec.rewards],
         bf16=bf16,
         use_cpu=not torch.cuda.is_available(),
@@ -135,6 +139,16 @@ def make_config(spec: GrpoTrainSpec, output_dir: Path, *, bf16: bool) -> ERPOCon
         vllm_max_model_length=spec.max_length,
         **values,
     )
+
+
+def first_process_first() -> AbstractContextManager[None]:
+    """Where several processes train, each on its own device, the first one does this before the others."""
+    from accelerate import PartialState
+
+    on_gpu = torch.cuda.is_available()
+    if on_gpu and "LOCAL_RANK" in os.environ:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    return PartialState(cpu=not on_gpu).main_process_first()
 
 
 def wants_bf16(spec: BaseTrainSpec) -> bool:

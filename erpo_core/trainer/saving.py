@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 
 from erpo_core import checkpoints
@@ -64,6 +65,9 @@ class WholeCheckpoints:
         self.removed_checkpoints += checkpoints.rotate(staging.parent, self.args.save_total_limit, best)
 
     def _load_optimizer_and_scheduler(self, checkpoint) -> None:
+        if self.args.device.type == "cpu":
+            # On several ranks accelerate calls it cpu:0, a place that torch.load does not know.
+            vars(self.args)["_setup_devices"] = torch.device("cpu")
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
             self.run_state = RunState.load(Path(checkpoint))

@@ -128,7 +128,7 @@ def run_sft(spec: SftTrainSpec, inputs: JobInputs, sink: Sink, stop: Stop) -> di
     done = trainer.state.global_step
     summary = {
         "steps": done,
-        "stopped": stop.requested and done < trainer.state.max_steps,
+        "stopped": records.stopped and done < trainer.state.max_steps,
         "tokens": records.tokens,
         "seconds": time.monotonic() - started,
         "train_loss": output.training_loss,

@@ -179,6 +179,8 @@ class ERPOTrainer(WholeCheckpoints, GRPOTrainer):
             micro_batch=size,
             accumulation=self.args.gradient_accumulation_steps,
         )
+        reports = int(self.accelerator.is_main_process)
+        self._totals.add("completions/sampled_tokens", sum(map(len, completion_ids)), reports)
         verdicts = self._last_verdicts()
         batches = []
         for first in range(0, count, size):

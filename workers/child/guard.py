@@ -15,12 +15,17 @@ SUPERVISOR_VARIABLE = "ERPO_SUPERVISOR_PID"
 
 def settle_in() -> None:
     """First thing in a child, while it has one thread: be killed with the supervisor, and leave nothing behind."""
+    follow_parent()
+    if mark := os.environ.get(ATTEMPT_VARIABLE):
+        _start_guard(mark)
+
+
+def follow_parent() -> None:
+    """Be killed with the process that has started this one."""
     die_with_parent()
     expected = os.environ.get(SUPERVISOR_VARIABLE)
     if expected and os.getppid() != int(expected):
         sys.exit("erpo: the supervisor is gone")
-    if mark := os.environ.get(ATTEMPT_VARIABLE):
-        _start_guard(mark)
 
 
 def _start_guard(mark: str) -> None:

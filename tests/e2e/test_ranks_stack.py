@@ -1,0 +1,35 @@
+"""Two processes train one model (gloo on the CPU), ordered, paused, resumed and cancelled through the API."""
+
+import signal
+
+import pytest
+from test_stack import SPEC, wait_for
+
+from service.client import ErpoClient
+
+pytestmark = pytest.mark.timeout(300)
+TWO = SPEC | {"hardware": {"num_gpus": 2, "strategy": "ddp"}, "trace_every": 0}
+
+
+def ranks(stack) -> list[str]:
+    return [p.environ()["RANK"] for p in stack.processes() if "LOCAL_RANK" in p.environ() and p.status() != "zombie"]
+
+
+def test_two_processes_train_one_model_and_leave_together(stack, model_root):
+    stack.start()
+    with ErpoClient(stack.url) as client:
+        job = client.train(model=str(model_root / "tiny"), **TWO | {"max_steps": 40})
+        wait_for(lambda: client.runs.checkpoints(job.run_id)["data"], 120, stack)
+        assert {"0", "1"} <= set(ranks(stack))
+        client.jobs.pause(job.id)
+        wait_for(lambda: client.jobs.get(job.id)["status"] == "paused", 60, stack)
+        assert ranks(stack) == []
+        done = client.runs.metrics(job.run_id)["series"]["reward"]["step"]
+        assert done == list(range(1, len(done) + 1))
+        assert max(row["step"] for row in client.runs.checkpoints(job.run_id)["data"]) == done[-1] < 40
+        client.jobs.resume(job.id)
+        wait_for(lambda: len(client.runs.metrics(job.run_id)["series"]["reward"]["step"]) > len(done), 120, stack)
+        client.jobs.cancel(job.id, mode="now")
+        wait_for(lambda: client.jobs.get(job.id)["is_terminal"], 60, stack)
+        assert ranks(stack) == []
+    assert stack.stop(signal.SIGTERM) == []
