@@ -6,6 +6,7 @@ from typing import Annotated, Any
 from fastapi import Depends
 from sqlalchemy.orm import Session
 
+from erpo_core.errors import SpecError
 from erpo_core.specs import JobKind
 from service.admission import Admitted, admit
 from service.auth import Submitter
@@ -36,7 +37,7 @@ class _Desk:
         admitted: list[Admitted] = []
 
         def check() -> None:
-            admitted.append(admit(self.database, self.settings, self.principal, spec))
+            admitted.append(self._admit(spec))
 
         def create(session: Session) -> Answer:
             self._check_room(session)
@@ -52,15 +53,27 @@ class _Desk:
 
     def estimate(self, kind: JobKind, spec: Any) -> Answer:
         """Validate and estimate; nothing is queued."""
-        admitted = admit(self.database, self.settings, self.principal, spec)
+        admitted = self._admit(spec)
         body = {
             "valid": True,
             "kind": kind,
             "spec": spec.model_dump(mode="json", exclude={"job"}),
-            "estimate": estimate(spec, admitted.num_problems),
+            "estimate": estimate(spec, admitted.num_problems, admitted.num_tokens),
             "depends_on": admitted.depends_on,
         }
         return Answer(200, body)
+
+    def _admit(self, spec: Any) -> Admitted:
+        admitted = admit(self.database, self.settings, self.principal, spec)
+        wanted = estimate(spec, admitted.num_problems, admitted.num_tokens)["trace_bytes"]
+        quota = self.settings.max_trace_bytes_per_job
+        if wanted is not None and wanted > quota:
+            raise SpecError(
+                f"it may store {wanted} bytes of token traces; a job may store {quota}",
+                mend="analyse fewer or shorter answers, or raise ERPO_MAX_TRACE_BYTES_PER_JOB",
+                code="quota_exceeded",
+            )
+        return admitted
 
     def _check_room(self, session: Session) -> None:
         limit = self.settings.max_queued_jobs

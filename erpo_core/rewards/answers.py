@@ -15,6 +15,12 @@ def extract_boxed(text: str) -> str | None:
 
     Of boxes within one another the inner one counts.
     """
+    span = boxed_span(text)
+    return None if span is None else text[slice(*span)].strip() or None
+
+
+def boxed_span(text: str) -> tuple[int, int] | None:
+    """Where the content of the last balanced box starts and ends; None if there is none."""
     open_braces: list[int] = []  # where the content starts if the brace opens a box, otherwise -1
     last = (-1, -1)
     for token in _TOKENS.finditer(text):
@@ -25,7 +31,7 @@ def extract_boxed(text: str) -> str | None:
             start = open_braces.pop()
             if start > last[0]:
                 last = (start, token.start())
-    return (text[slice(*last)].strip() or None) if last[0] >= 0 else None
+    return last if last[0] >= 0 else None
 
 
 def has_answer(text: str) -> bool:

@@ -50,6 +50,8 @@ _ORIGIN_FIELDS = (
     "dtype",
     "head_dtype",
     "exact",
+    "gold",
+    "special_positions",
 )
 
 

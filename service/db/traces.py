@@ -5,7 +5,7 @@ from sqlalchemy.orm import Session, defer
 
 from erpo_core.codec import TraceReader
 from erpo_core.errors import NotFoundError
-from service.db.measured import Pivot, Sequence, TraceBlob
+from service.db.measured import Completion, Pivot, Sequence, TraceBlob
 from service.db.paging import Page, read_page
 from service.db.types import MAX_SMALL_INTEGER, clamp
 
@@ -33,6 +33,23 @@ def get_sequence(s: Session, run_id: str, n: int) -> Sequence:
     if row is None:
         raise NotFoundError(f"run {run_id} has no sequence {n}")
     return row
+
+
+def find_sequence(s: Session, sequence_id: str) -> Sequence:
+    """Raises NotFoundError where there is no such sequence."""
+    row = s.get(Sequence, sequence_id)
+    if row is None:
+        raise NotFoundError(f"there is no sequence {sequence_id}")
+    return row
+
+
+def gold_of(s: Session, sequence: Sequence) -> str | None:
+    """The right answer of a sequence's problem: of its trace, or of the stored answer that it is the trace of."""
+    if sequence.origin.get("gold"):
+        return sequence.origin["gold"]
+    query = select(Completion.gold).where(Completion.run_id == sequence.run_id, Completion.step == sequence.step)
+    query = query.where(Completion.prompt_id == sequence.prompt_id, Completion.sample == sequence.sample)
+    return s.scalars(query).first()
 
 
 def trace_reader(s: Session, sequence: Sequence) -> TraceReader:

@@ -20,6 +20,8 @@ from erpo_core.specs.entropy import EntropySpec  # noqa: E402
 from tiny_model import make_tiny_model, make_tiny_tokenizer  # noqa: E402
 
 RUNNING = SimpleNamespace(requested=False)
+HALF = 2**-11
+"""Relative error of float16, in which every channel but entropy is stored."""
 TEXTS = [
     {"prompt": "What is 17 + 25?", "response": "17 + 25 = 42, so the answer is \\boxed{42}."},
     {"prompt": "Say it in Greek.", "response": "ἀεί — 永遠 🙂 done"},
@@ -61,7 +63,7 @@ def analyse(job_inputs, **body) -> tuple[list[Trace], dict]:
     sink = Memory()
     spec = EntropySpec.model_validate({"model": job_inputs.model.base, **body})
     run_entropy(spec, job_inputs, sink, RUNNING)
-    return sink.of(Trace), sink.of(Result)[0].summary
+    return sink.of(Trace), sink.of(Result)[0].data
 
 
 def by_hand(path, spec: EntropySpec, text, temperature: float) -> tuple[np.ndarray, np.ndarray, list[int]]:
@@ -89,7 +91,7 @@ def test_entropy_and_log_probability_equal_a_float64_recomputation(tiny, tempera
         entropies, logps, answer = by_hand(tiny, spec, text, temperature)
         assert columns["token_ids"].tolist() == answer
         np.testing.assert_allclose(columns["entropy"], entropies, atol=1e-4)
-        np.testing.assert_allclose(columns["logp"], logps, atol=1e-4)
+        np.testing.assert_allclose(columns["logp"], logps, rtol=HALF)
 
 
 def test_the_tokens_of_a_page_are_the_text(tiny):
@@ -137,7 +139,7 @@ def test_the_best_alternative_is_the_token_of_rank_zero(tiny):
             best = pivot["alternatives"][0]
             chosen = columns["token_ids"][pivot["position"]] == best["token_id"]
             assert chosen == (columns["rank"][pivot["position"]] == 0)
-            assert best["logp"] == pytest.approx(np.log(columns["top_prob"][pivot["position"]]), abs=1e-4)
+            assert best["logp"] == pytest.approx(np.log(columns["top_prob"][pivot["position"]]), abs=2 * HALF)
             found += 1
     assert found >= len(traces) == 3
 
@@ -160,12 +162,13 @@ def test_progress_of_an_adapter_is_its_distance_to_the_base(tiny, tmp_path):
                 weight.normal_(generator=torch.Generator().manual_seed(1))
     adapted.save_pretrained(tmp_path / "adapter")
     base, _ = analyse(inputs(tiny), texts=TEXTS)
-    adapter, _ = analyse(inputs(tiny, adapter=str(tmp_path / "adapter")), texts=TEXTS)
+    adapter, _ = analyse(inputs(tiny, adapter=tmp_path / "adapter"), texts=TEXTS)
     for plain, trained in zip(base, adapter, strict=True):
         before, after = decode_trace(plain.payload), decode_trace(trained.payload)
         assert "progress" not in before
         assert np.abs(after["progress"]).max() > 0.01
-        np.testing.assert_allclose(after["progress"], after["logp"] - before["logp"], atol=1e-4)
+        rounding = 3 * HALF * np.abs(after["logp"]).max()
+        np.testing.assert_allclose(after["progress"], after["logp"] - before["logp"], atol=rounding)
 
 
 def test_special_tokens_are_never_pivots_and_not_counted(tiny):

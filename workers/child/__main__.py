@@ -20,7 +20,7 @@ from workers.child.channel import Channel
 from workers.child.guard import settle_in
 from workers.child.stop import StopFlag
 
-KINDS = ("train", "evaluate", "entropy")
+KINDS = ("train", "evaluate", "entropy", "perturbation", "branch")
 _MEMORY_TEXTS = ("out of memory", "can't allocate memory", "cannot allocate memory", "not enough memory")
 
 

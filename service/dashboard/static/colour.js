@@ -47,6 +47,7 @@ export const CHANNELS = {
   psi: { label: "Shift", sign: "Ψ", diverging: true, domains: [1, 2, 3, 5], about: "Anchored, gated shift of the advantage (eq. 10)" },
   advantage: { label: "Advantage", sign: "Â", diverging: true, domains: [1, 2, 3, 5, 10], about: "Final advantage of the token" },
   leverage: { label: "Leverage", sign: "ℓ", domains: [0.5, 1, 2, 3, 5, 10], about: "How strongly the token pulls on the update" },
+  difference: { label: "ΔH", unit: "nats", sign: "ΔH", diverging: true, domains: [0.1, 0.5, 1, 2, 5], about: "Entropy in the other analysis − entropy here, of the same tokens" },
   varentropy: { label: "Varentropy", unit: "nats²", sign: "V", domains: [1, 2, 5, 10], about: "Variance of the surprisal" },
   top_prob: { label: "Top prob.", sign: "p₁", reversed: true, domains: [1], about: "Probability of the most likely token" },
   rank: { label: "Rank", sign: "rank", domains: [1, 5, 20, 100], about: "Rank of the token that was written; 0 is the most likely" },

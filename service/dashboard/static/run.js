@@ -64,7 +64,7 @@ function checkpointItem(checkpoint) {
 function showJob() {
   const { job } = state;
   byId("status").replaceChildren(pill(job.status, job.stalled));
-  byId("name").textContent = job.name || { train: "Training", evaluate: "Evaluation", entropy: "Entropy analysis" }[job.kind] || job.kind;
+  byId("name").textContent = job.name || { train: "Training", evaluate: "Evaluation", entropy: "Entropy analysis", perturbation: "Perturbation", branch: "Branches" }[job.kind] || job.kind;
   document.title = `${job.status} · ${byId("name").textContent} · ERPO Lab`;
   byId("actions").replaceChildren(...actions(job));
   const trouble = byId("error");
@@ -79,7 +79,8 @@ function showJob() {
 function actions(job) {
   const act = (label, action, body) => el("button", { type: "button", class: action === "cancel" ? "button danger" : "button", onclick: () => perform(label, action, body) }, label);
   const buttons = [];
-  if (job.kind === "entropy") buttons.push(el("a", { class: "button main", href: `/analyze/entropy/${runId}` }, "Open the heat map"));
+  const shown = { entropy: "Open the heat map", perturbation: "Open the figure", branch: "Open the tree" }[job.kind];
+  if (shown) buttons.push(el("a", { class: "button main", href: `/analyze/${job.kind}/${runId}` }, shown));
   if (["queued", "starting", "running"].includes(job.status)) {
     if (job.kind === "train") buttons.push(act("Pause", "pause"));
     buttons.push(act("Cancel", "cancel", { mode: "checkpoint" }));
