@@ -24,7 +24,7 @@ class Resolved:
 
 @dataclass(frozen=True)
 class Progress:
-    """How far the job is. ``phase``: ``load``, ``train``, ``generate``, ``score``, ``solve``, ``continue``, ``save``."""
+    """How far it is. ``phase``: ``load``, ``train``, ``generate``, ``score``, ``solve``, ``continue``, ``save``."""
 
     kind: ClassVar[str] = "progress"
     phase: str

@@ -141,7 +141,7 @@ def _token_tables(database: Database, run_id: str, names: list[str]) -> Iterator
         table = {
             "n": np.full(row.num_tokens, row.n, np.int32),
             "position": np.arange(row.num_tokens, dtype=np.int32),
-            "token": trace_rows.get_sequence(session, run_id, row.n).tokens,
+            "token": trace_rows.token_texts(session, run_id, row.n),
             "token_id": columns["token_ids"],
             "is_pivot": _pivot_mask(session, row),
         }

@@ -1,5 +1,7 @@
 """Token traces: sequences of a run, ranges of their channels, pivots, histograms."""
 
+from collections.abc import Iterator
+
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session, defer
 
@@ -74,6 +76,17 @@ def top_pivots(s: Session, run_id: str, top: int) -> list[Pivot]:
     """The most uncertain pivots of a run."""
     query = select(Pivot).where(Pivot.run_id == run_id)
     return list(s.scalars(query.order_by(Pivot.entropy.desc(), Pivot.n, Pivot.position).limit(top)))
+
+
+def all_pivots(s: Session, run_id: str) -> Iterator[tuple[Pivot, int]]:
+    """Every stored pivot of a run with the number of tokens of its sequence."""
+    query = select(Pivot, Sequence.num_tokens).join(Sequence, Sequence.id == Pivot.sequence_id)
+    yield from s.execute(query.where(Pivot.run_id == run_id).order_by(Pivot.n, Pivot.position)).tuples()
+
+
+def token_texts(s: Session, run_id: str, n: int) -> list[str]:
+    """The texts of a sequence's tokens, which lists of sequences leave out."""
+    return s.scalar(select(Sequence.tokens).where(Sequence.run_id == run_id, Sequence.n == n)) or []
 
 
 def histogram(s: Session, run_id: str) -> list[int]:
