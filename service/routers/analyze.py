@@ -101,7 +101,7 @@ def list_branches(
     response_class=StreamingResponse,
     responses={200: {"content": {"text/csv": {}}}, **problems(401, 404)},
 )
-def outcomes_csv(run_id: RunId, database: Db, principal: Reader) -> Any:
+def outcomes_csv(run_id: RunId, database: Db, principal: Reader) -> StreamingResponse:
     """All outcomes as one table."""
     with database.read() as session:
         run = visible_run(session, run_id, principal, "perturbation")

@@ -45,7 +45,7 @@ def export_analysis(
         Literal["parquet", "npz", "html"],
         Query(description="`parquet`: a row per token. `npz`: NumPy arrays. `html`: a page that opens offline."),
     ] = "parquet",
-) -> Any:
+) -> Response:
     """The whole analysis as one file; `html` holds its first 100 answers."""
     with database.read() as session:
         run = visible_run(session, run_id, principal, "entropy")

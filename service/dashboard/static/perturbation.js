@@ -17,7 +17,7 @@ function show({ result, spec }) {
   const style = getComputedStyle(document.documentElement);
   byId("figure").replaceChildren(armsFigure(result, { ink: style.getPropertyValue("--ink"), rule: style.getPropertyValue("--hair") }));
   byId("counts").textContent = `${result.num_tried} problems tried, ${result.num_solved} solved in at least ${percent(spec.min_solved)} of ${spec.num_attempts} attempts` +
-    (result.num_too_short ? `, ${result.num_too_short} answers too short to disturb` : "") + `; ${result.num_problems} compared, ${result.num_outcomes} continuations. The token of the answer's box is never touched.`;
+    (result.num_too_short ? `, ${result.num_too_short} answers too short to disturb` : "") + `; ${result.num_problems} compared, ${result.num_outcomes} continuations. Nothing from the box of an answer on is touched.`;
   byId("contrasts").tBodies[0].replaceChildren(...result.contrasts.map(contrast));
   byId("arms").tBodies[0].replaceChildren(...Object.entries(result.arms).map(([arm, a]) => el("tr", {},
     el("th", { scope: "row" }, ARMS[arm].join(", ")), cell(percent(a.accuracy.value)), cell(`${percent(a.accuracy.low)} – ${percent(a.accuracy.high)}`),
