@@ -58,8 +58,8 @@ class Case:
     group: int
     problem: Problem
     prompt: list[int]
-    scored: Scored
     tokens: list[str]
+    entropies: np.ndarray
     variants: dict[Arm, list[Variant]]
 
 
@@ -186,7 +186,7 @@ class _Study:
         self.sink.emit(trace_of(self.model, self.tokenizer, scored, pivots, self.info, **options))
         last = int(np.flatnonzero(eligible)[-1]) + 1
         variants = {arm: _variants(spec, arm, token_ids, found, last) for arm, found in edits.items()}
-        return Case(group, problem, prompt, scored, tokens, variants)
+        return Case(group, problem, prompt, tokens, scored.columns["entropy"], variants)
 
     def _edits(self, group: int, scored: Scored, positions: dict[Arm, list[int]]) -> dict[Arm, list[Edit]]:
         places = sorted({place for found in positions.values() for place in found})
@@ -295,7 +295,6 @@ def _tokens_of(edit: Edit) -> list[int]:
 
 def _facts(case: Case, arm: Arm, texts: Sequence[str]) -> dict[str, Any]:
     """What a summary and its readers want to know of an arm's edits of one answer."""
-    entropies, length = case.scored.columns["entropy"], len(case.tokens)
     edits = [edit for variant in case.variants[arm] for edit in variant.edits]
     return {
         "group": case.group,
@@ -303,8 +302,8 @@ def _facts(case: Case, arm: Arm, texts: Sequence[str]) -> dict[str, Any]:
         "edits": [
             {
                 "position": edit.position,
-                "progress": edit.position / length,
-                "entropy": float(entropies[edit.position]),
+                "progress": edit.position / len(case.tokens),
+                "entropy": float(case.entropies[edit.position]),
                 "token": case.tokens[edit.position],
                 "replacement": None if edit.replacement is None else texts[edit.replacement],
                 "surprisal": None if edit.logp is None else -edit.logp,
