@@ -9,6 +9,7 @@ torch = pytest.importorskip("torch")
 
 from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
+from erpo_core.analysis.detectors import find_pivots  # noqa: E402
 from erpo_core.analysis.entropy import run_entropy  # noqa: E402
 from erpo_core.analysis.tokens import display_tokens  # noqa: E402
 from erpo_core.codec import decode_trace  # noqa: E402
@@ -16,7 +17,7 @@ from erpo_core.errors import SpecError  # noqa: E402
 from erpo_core.job import JobInputs, ModelInput  # noqa: E402
 from erpo_core.prompts import prompt_ids  # noqa: E402
 from erpo_core.records import Result, Trace, from_wire, to_wire  # noqa: E402
-from erpo_core.specs.entropy import EntropySpec  # noqa: E402
+from erpo_core.specs.entropy import DetectorSpec, EntropySpec  # noqa: E402
 from tiny_model import make_tiny_model, make_tiny_tokenizer  # noqa: E402
 
 RUNNING = SimpleNamespace(requested=False)
@@ -46,8 +47,9 @@ def tiny(tmp_path_factory):
     return make_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
 
 
-def inputs(tiny, adapter=None) -> JobInputs:
+def inputs(tiny, adapter=None, **changes) -> JobInputs:
     return JobInputs(
+        **changes,
         job_id="job_1",
         run_id="run_1",
         attempt=1,
@@ -191,3 +193,46 @@ def test_a_stop_ends_the_analysis_without_a_result(tiny):
     assert run_entropy(spec, inputs(tiny), sink, SimpleNamespace(requested=True)) == {"stopped": True}
     assert not sink.of(Trace)
     assert not sink.of(Result)
+
+
+def test_stored_answers_are_scored_under_the_prompt_that_they_were_sampled_with(tiny):
+    answers = [{"prompt": text["prompt"], "completion": text["response"], "gold": "42"} for text in [*TEXTS, TEXTS[0]]]
+    answers.append({"prompt": "An end only.", "completion": "", "gold": None})
+    source = {"prompt_spec": {"template": "raw"}, "answers": answers}
+    given = inputs(tiny, source=source)
+    traces, summary = analyse(given, source={"run": "run_" + "0" * 32})
+    expected, _ = analyse(inputs(tiny), texts=TEXTS, prompt={"template": "raw"})
+    assert summary["num_sequences"] == 3
+    assert [(t.meta["group"], t.meta["sample"], t.meta["gold"]) for t in traces] == [
+        (0, 0, "42"),
+        (1, 0, "42"),
+        (0, 1, "42"),
+    ]
+    assert [t.payload for t in traces[:2]] == [t.payload for t in expected]
+
+
+def test_a_benchmark_gives_problems_and_right_answers(tiny):
+    (tiny.parent / "two.jsonl").write_text(
+        '{"problem": "1 + 1?", "answer": "2"}\n{"problem": "2 + 2?", "answer": "4"}\n'
+    )
+    body = {"dataset": "data:two.jsonl", "num_samples": 2, "sampling": {"max_completion_length": 5}}
+    traces, _ = analyse(inputs(tiny, data_root=tiny.parent), **body)
+    found = [(t.meta["prompt"], t.meta["gold"], t.meta["sample"]) for t in traces]
+    assert found == [("1 + 1?", "2", 0), ("1 + 1?", "2", 1), ("2 + 2?", "4", 0), ("2 + 2?", "4", 1)]
+    assert len(analyse(inputs(tiny, data_root=tiny.parent), **body, limit=1)[0]) == 2
+
+
+def test_pivots_over_all_answers_are_the_same_as_with_all_of_them_in_memory(tiny):
+    detector = {"kind": "quantile", "fraction": 0.1, "scope": "run"}
+    traces, _ = analyse(inputs(tiny), texts=TEXTS, detector=detector)
+    entropies = [decode_trace(trace.payload)["entropy"] for trace in traces]
+    expected = find_pivots(entropies, DetectorSpec(**detector))
+    assert [[p["position"] for p in t.meta["pivots"]] for t in traces] == [list(found) for found in expected]
+    assert all(len(p["alternatives"]) == 5 for t in traces for p in t.meta["pivots"])
+
+
+def test_a_response_with_turns_of_its_own_is_refused(tiny):
+    text = {"prompt": "Stop.", "response": "ok<|im_end|>\nand on"}
+    with pytest.raises(SpecError, match="template") as refused:
+        analyse(inputs(tiny), texts=[text])
+    assert refused.value.pointer == "/texts/0/response"

@@ -295,7 +295,7 @@ def test_the_credit_microscope_switches_channels(service, page):
     page.locator(".token").first.wait_for()
     names = page.locator("#channels button").all_text_contents()
     assert names == [
-        *("Entropy", "Log-prob", "Progress", "Gate", "Norm. progress", "Shift", "Advantage", "Leverage", "Rank")
+        *("Entropy", "Log-prob", "Progress", "KL", "Gate", "Norm. progress", "Shift", "Advantage", "Leverage", "Rank")
     ]
     before = page.locator(".token").first.get_attribute("style")
     page.get_by_role("button", name="Advantage").click()

@@ -42,6 +42,7 @@ export const CHANNELS = {
   entropy: { label: "Entropy", unit: "nats", sign: "H", domains: [0.5, 1, 2, 3, 5, 12], about: "Entropy of the whole next-token distribution" },
   logp: { label: "Log-prob", unit: "nats", sign: "log p", negative: true, domains: [1, 2, 5, 10, 20], about: "Log-probability of the token that was written" },
   progress: { label: "Progress", unit: "nats", sign: "s", diverging: true, domains: [0.1, 0.5, 1, 3, 10], about: "log p − log p under the reference model" },
+  kl: { label: "KL", unit: "nats", sign: "KL", domains: [0.01, 0.05, 0.1, 0.5, 1, 3], about: "Estimate k3 of the divergence from the reference model" },
   gate: { label: "Gate", sign: "W", domains: [1], about: "Entropy gate of eq. 8" },
   normalized_progress: { label: "Norm. progress", sign: "s̃", diverging: true, domains: [1, 2, 3, 5], about: "Progress standardised within its bucket (eq. 9)" },
   psi: { label: "Shift", sign: "Ψ", diverging: true, domains: [1, 2, 3, 5], about: "Anchored, gated shift of the advantage (eq. 10)" },

@@ -56,10 +56,16 @@ function showList() {
   }));
 }
 
+// The k3 estimator of the loss, exp(-d) - 1 + d with d = log p - reference log p = progress / progress_scale.
+function addKl(channels, scale) {
+  if (channels.progress) channels.kl = channels.progress.map((s) => (s === null ? null : Math.expm1(-s / scale) + s / scale));
+}
+
 async function choose(n, position = null) {
   try {
     const data = await getJson(`${lists}/${n}/tokens`);
     showNotice("");
+    addKl(data.channels, state.scale);
     await withDifference(data, state.other).catch((error) => showNotice(error.message));
     Object.assign(state, { n, data });
   } catch (error) {
