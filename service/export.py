@@ -3,6 +3,7 @@
 Columns are read sequence by sequence and written as they come: memory does not grow with the analysis.
 """
 
+import json
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -33,47 +34,44 @@ def write_parquet(database: Database, run_id: str, path: Path) -> None:
             "Parquet needs pyarrow where the API runs (pip install 'erpo-lab[export]'); format=npz needs nothing",
             code="format_unavailable",
         ) from None
-    writer = None
-    held, tokens = [], 0
-
-    def flush() -> None:
-        nonlocal writer, held, tokens
-        table = pyarrow.concat_tables(held, promote_options="default")
-        writer = writer or pyarrow.parquet.ParquetWriter(path, table.schema, compression="zstd")
-        writer.write_table(table.select(writer.schema.names) if writer.schema != table.schema else table)
-        held, tokens = [], 0
-
     names = _channels(database, run_id)
-    for table in map(pyarrow.table, _token_tables(database, run_id, names)):
-        held.append(table)
-        tokens += table.num_rows
-        if tokens >= _ROW_GROUP_TOKENS:
-            flush()
-    if held:
-        flush()
-    if writer is None:
-        empty = pyarrow.table({name: [] for name in ("n", "position", "token", "token_id", "is_pivot", *names)})
-        writer = pyarrow.parquet.ParquetWriter(path, empty.schema)
-    writer.close()
+    integers = {
+        "n": pyarrow.int32(),
+        "position": pyarrow.int32(),
+        "token_id": pyarrow.uint32(),
+        "rank": pyarrow.uint16(),
+    }
+    kinds = integers | {"token": pyarrow.string(), "is_pivot": pyarrow.bool_()}
+    columns = ("n", "position", "token", "token_id", "is_pivot", *names)
+    schema = pyarrow.schema([(name, kinds.get(name, pyarrow.float32())) for name in columns])
+    with pyarrow.parquet.ParquetWriter(path, schema, compression="zstd") as writer:
+        held, tokens = [], 0
+        for columns in _token_columns(database, run_id, names):
+            held.append(pyarrow.table(columns, schema))
+            tokens += held[-1].num_rows
+            if tokens >= _ROW_GROUP_TOKENS:
+                writer.write_table(pyarrow.concat_tables(held))
+                held, tokens = [], 0
+        if held:
+            writer.write_table(pyarrow.concat_tables(held))
 
 
 def write_npz(database: Database, run_id: str, path: Path) -> None:
-    """``offsets`` (sequences + 1), the channels and ``token_ids`` of all tokens in a row, ``pivots`` (bool), texts.
+    """``offsets`` (sequences + 1), the channels and ``token_ids`` of all tokens in a row, ``pivots`` (bool).
 
-    Loads with ``numpy.load(path)``: no pickled objects.
+    Loads with ``numpy.load(path)``: no pickled objects. The member ``sequences.jsonl`` holds n, prompt and completion.
     """
-    rows = list(_facts(database, run_id))
-    lengths = np.array([row["num_tokens"] for row in rows], dtype=np.int64)
+    lengths = []
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
-        offsets = np.concatenate([[0], np.cumsum(lengths)])
-        small = {"offsets": offsets, "n": np.array([row["n"] for row in rows], dtype=np.int64)}
-        small |= {key: np.array([row[key] for row in rows], dtype=str) for key in ("prompt", "completion")}
-        for name, array in small.items():
-            with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
-                np.lib.format.write_array(file, array, allow_pickle=False)
+        with archive.open("sequences.jsonl", "w", force_zip64=True) as file:
+            for facts in _each(database, run_id, _facts):
+                lengths.append(facts["num_tokens"])
+                file.write(json.dumps(facts).encode() + b"\n")
+        offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+        _write_long(archive, "offsets", len(offsets), iter([offsets]))
         for name in ("token_ids", *_channels(database, run_id)):
             _write_long(archive, name, int(offsets[-1]), _one_channel(database, run_id, name))
-        _write_long(archive, "pivots", int(offsets[-1]), _pivot_masks(database, run_id))
+        _write_long(archive, "pivots", int(offsets[-1]), _each(database, run_id, _pivot_mask))
 
 
 def _write_long(archive: zipfile.ZipFile, name: str, size: int, parts: Iterator[np.ndarray]) -> None:
@@ -88,7 +86,7 @@ def _write_long(archive: zipfile.ZipFile, name: str, size: int, parts: Iterator[
 
 
 def _channels(database: Database, run_id: str) -> list[str]:
-    """Channels of the first sequence; another that lacks one has NaN there."""
+    """The channels of an analysis: every sequence of it has the same."""
     with database.read() as session:
         page = trace_rows.list_sequences(session, run_id, limit=1)
         found = trace_rows.trace_reader(session, page.rows[0]).channels if page.rows else []
@@ -107,24 +105,17 @@ def _each(database: Database, run_id: str, read: Callable[[Session, Any], Any]) 
             return
 
 
-def _facts(database: Database, run_id: str) -> Iterator[dict[str, Any]]:
-    names = ("n", "num_tokens", "prompt", "completion")
-    return _each(database, run_id, lambda _, row: {name: getattr(row, name) for name in names})
+def _facts(_: Session, row: Any) -> dict[str, Any]:
+    return {name: getattr(row, name) for name in ("n", "num_tokens", "prompt", "completion")}
 
 
 def _one_channel(database: Database, run_id: str, name: str) -> Iterator[np.ndarray]:
-    def read(session: Session, row: Any) -> np.ndarray:
-        reader = trace_rows.trace_reader(session, row)
-        if name not in reader.channels:
-            return np.full(row.num_tokens, np.nan, np.float32)
-        column = reader.columns([name])[name]
-        return column.astype(np.float32) if column.dtype.kind == "f" else column
-
-    return _each(database, run_id, read)
+    return _each(database, run_id, lambda s, row: _wide(trace_rows.trace_reader(s, row).columns([name])[name]))
 
 
-def _pivot_masks(database: Database, run_id: str) -> Iterator[np.ndarray]:
-    return _each(database, run_id, _pivot_mask)
+def _wide(column: np.ndarray) -> np.ndarray:
+    """float16 is stored; few readers know it."""
+    return column.astype(np.float32) if column.dtype.kind == "f" else column
 
 
 def _pivot_mask(session: Session, row: Any) -> np.ndarray:
@@ -133,21 +124,16 @@ def _pivot_mask(session: Session, row: Any) -> np.ndarray:
     return mask
 
 
-def _token_tables(database: Database, run_id: str, names: list[str]) -> Iterator[dict[str, Any]]:
+def _token_columns(database: Database, run_id: str, names: list[str]) -> Iterator[dict[str, Any]]:
     def read(session: Session, row: Any) -> dict[str, Any]:
-        reader = trace_rows.trace_reader(session, row)
-        columns = reader.columns()
-        missing = np.full(row.num_tokens, np.nan, np.float32)
-        table = {
+        columns = trace_rows.trace_reader(session, row).columns(["token_ids", *names])
+        return {
             "n": np.full(row.num_tokens, row.n, np.int32),
             "position": np.arange(row.num_tokens, dtype=np.int32),
             "token": trace_rows.token_texts(session, run_id, row.n),
             "token_id": columns["token_ids"],
             "is_pivot": _pivot_mask(session, row),
+            **{name: _wide(columns[name]) for name in names},
         }
-        for name in names:
-            column = columns.get(name, missing)
-            table[name] = column.astype(np.float32) if column.dtype.kind == "f" else column
-        return table
 
     return _each(database, run_id, read)

@@ -138,7 +138,8 @@ def test_npz_loads_without_pickle_and_is_cut_by_its_offsets(api, analysis):
         part = slice(*arrays["offsets"][n : n + 2])
         np.testing.assert_array_equal(arrays["entropy"][part], columns(n)["entropy"])
         np.testing.assert_array_equal(arrays["token_ids"][part], columns(n)["token_ids"])
-        assert arrays["completion"][n] == "".join(tokens(n))
+    sequences = [json.loads(line) for line in arrays["sequences.jsonl"].splitlines()]
+    assert [row["completion"] for row in sequences] == ["".join(tokens(n)) for n in range(3)]
     assert arrays["pivots"].sum() == len(pivots_of(DetectorSpec()))
 
 
