@@ -19,8 +19,8 @@ MAGIC = b"ERPT"
 VERSION = 1
 BLOCK_TOKENS = 256
 _PREFIX = struct.Struct(">4sBI")
-_FIRST_READ_BYTES = 64 * 1024
-"""The header, and with it the whole of a sequence of a few thousand tokens: one read in place of one a channel."""
+_FIRST_READ_BYTES = 32 * 1024
+"""The header, and with it the whole of a sequence of two thousand tokens: one read in place of one a channel."""
 DTYPES = {"token_ids": "<u4", "entropy": "<f4", "rank": "<u2"}
 """Entropy stays float32: as float16 its error moves the top-5% set. Every channel not named is float16."""
 _HALF = "<f2"

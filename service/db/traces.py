@@ -81,7 +81,7 @@ def top_pivots(s: Session, run_id: str, top: int) -> list[Pivot]:
 def all_pivots(s: Session, run_id: str) -> Iterator[tuple[Pivot, int]]:
     """Every stored pivot of a run with the number of tokens of its sequence."""
     query = select(Pivot, Sequence.num_tokens).join(Sequence, Sequence.id == Pivot.sequence_id)
-    yield from s.execute(query.where(Pivot.run_id == run_id).order_by(Pivot.n, Pivot.position)).tuples()
+    yield from s.execute(query.where(Pivot.run_id == run_id).order_by(Pivot.n, Pivot.position))
 
 
 def token_texts(s: Session, run_id: str, n: int) -> list[str]:

@@ -1,7 +1,7 @@
 // Accuracy by arm with 95% intervals over problems, as an SVG that needs no style sheet: it is saved as it stands.
 
 const NS = "http://www.w3.org/2000/svg";
-const WIDTH = 720, HEIGHT = 360, LEFT = 54, RIGHT = 14, TOP = 40, BOTTOM = 62;
+const WIDTH = 720, HEIGHT = 380, LEFT = 54, RIGHT = 14, TOP = 60, BOTTOM = 62;
 const FONT = "ui-sans-serif, system-ui, 'DejaVu Sans', sans-serif";
 const COLOURS = { high: "#c2410c", low: "#0f766e", random: "#7c6f64", random_matched: "#6d5bd0", same: "#2f6fd0" };
 export const ARMS = {

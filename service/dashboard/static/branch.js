@@ -18,8 +18,8 @@ function branch(one) {
     : [el("span", { class: "muted" }, `${one.num} continuations`)];
   const answers = one.answers.map(({ answer, count }) => el("li", {}, el("span", { class: "mono" }, answer === "" ? "no answer in a box" : clip(visible(answer), 60)), el("span", { class: "muted small mono" }, ` × ${count}`)));
   return el("li", { class: one.is_written ? "is-written" : null },
-    el("div", { class: "branch-head" }, el("span", { class: "branch-token mono" }, quoted(one.token)), el("span", { class: "muted small mono" }, `p ${percent(Math.exp(one.logp))}`),
-      one.is_written ? el("span", { class: "tag" }, "written") : null, ...rate, one.truncated ? el("span", { class: "muted small" }, `${one.truncated} cut at the length limit`) : null),
+    el("div", { class: "branch-head" }, el("span", { class: "branch-token mono" }, quoted(one.token)), el("span", { class: "muted small mono branch-share" }, `p ${percent(Math.exp(one.logp))}`),
+      ...rate, one.is_written ? el("span", { class: "tag" }, "written") : null, one.truncated ? el("span", { class: "muted small" }, `${one.truncated} cut at the length limit`) : null),
     el("ul", {}, answers),
     el("details", {}, el("summary", {}, "Continuations"), one.examples.map((text) => el("p", { class: "continuation mono small" }, visible(text)))));
 }
