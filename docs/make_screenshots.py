@@ -1,4 +1,4 @@
-"""Write docs/images/run.png and docs/images/entropy.png from a running service on which a demo has ended.
+"""Write docs/images/run.png, entropy.png and, if one has ended, perturbation.png from a service after a demo.
 
     python docs/make_screenshots.py http://127.0.0.1:8000
 
@@ -23,19 +23,22 @@ FLAGS = [
 
 
 def main() -> None:
-    """Take both pictures."""
+    """Take the pictures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("url", nargs="?", default="http://127.0.0.1:8000")
     parser.add_argument("--chromium", default="/usr/bin/chromium")
     arguments = parser.parse_args()
     with ErpoClient(arguments.url) as client:
         training, analysis = newest(client, "train"), newest(client, "entropy")
+        perturbations = client.jobs.list(kind="perturbation", status="succeeded", limit=1)["data"]
     IMAGES.mkdir(exist_ok=True)
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=arguments.chromium, args=FLAGS)
         page = browser.new_page(viewport={"width": 1360, "height": 860}, color_scheme="light")
         take_run(page, f"{arguments.url}/runs/{training}")
         take_entropy(page, f"{arguments.url}/analyze/entropy/{analysis}")
+        for job in perturbations:
+            take_perturbation(page, f"{arguments.url}/analyze/perturbation/{job['run_id']}")
         browser.close()
 
 
@@ -66,6 +69,13 @@ def take_entropy(page: Page, address: str) -> None:
     page.keyboard.press("n")
     page.wait_for_timeout(500)
     page.screenshot(path=IMAGES / "entropy.png")
+
+
+def take_perturbation(page: Page, address: str) -> None:
+    """Accuracy by arm and the contrasts."""
+    page.goto(address)
+    page.locator("#figure svg").wait_for()
+    page.screenshot(path=IMAGES / "perturbation.png")
 
 
 if __name__ == "__main__":

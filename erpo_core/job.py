@@ -31,7 +31,9 @@ class JobInputs:
     model_roots: tuple[Path, ...] = ()
     resume_from: Path | None = None
     stored_rows: tuple[dict[str, Any], ...] = ()
-    """Completion rows that earlier attempts of an evaluation have stored."""
+    """Completion rows that earlier attempts have stored."""
+    source: dict[str, Any] | None = None
+    """The stored sequence or the stored answers that the specification names, as the kind of job wants them."""
 
     @property
     def stored(self) -> frozenset[tuple[str, int]]:
@@ -53,6 +55,7 @@ class JobInputs:
             model_roots=tuple(Path(root) for root in body["model_roots"]),
             resume_from=_path(body["resume_from"]),
             stored_rows=tuple(body["stored_rows"]),
+            source=body["source"],
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -68,6 +71,7 @@ class JobInputs:
             "model_roots": [str(root) for root in self.model_roots],
             "resume_from": _text(self.resume_from),
             "stored_rows": list(self.stored_rows),
+            "source": self.source,
         }
 
 

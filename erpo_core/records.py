@@ -24,7 +24,7 @@ class Resolved:
 
 @dataclass(frozen=True)
 class Progress:
-    """How far the job is. ``phase``: ``load``, ``train``, ``generate``, ``score``, ``save``."""
+    """How far it is. ``phase``: ``load``, ``train``, ``generate``, ``score``, ``solve``, ``continue``, ``save``."""
 
     kind: ClassVar[str] = "progress"
     phase: str
@@ -63,9 +63,9 @@ class Trace:
 
     ``meta``: ``prompt_id``, ``group``, ``sample``, ``prompt``, ``completion``, ``num_tokens``, ``reward``,
     ``advantage``, ``stats`` {h_mean, h_p50, h_p95, h_max}, ``histogram`` [64 counts], ``group_stats`` {...}, ``tokens``
-    [text of each token], ``pivots`` [{position, entropy, token, logp, alternatives: [{token, token_id, logp}]}], and of
-    the whole set: ``model_digest``, ``adapter_digest``, ``tokenizer_digest``, ``temperature``, ``dtype``,
-    ``head_dtype``, ``exact``.
+    [text of each token], ``gold`` str | None, ``special_positions`` [tokens that are never pivots], ``pivots``
+    [{position, entropy, token, logp, alternatives: [{token, token_id, logp}]}], and of the whole set:
+    ``model_digest``, ``adapter_digest``, ``tokenizer_digest``, ``temperature``, ``dtype``, ``head_dtype``, ``exact``.
     """
 
     kind: ClassVar[str] = "trace"

@@ -13,21 +13,25 @@ from erpo_core.data.golds import check_dataset_golds
 from erpo_core.errors import NotFoundError, SpecError, UnknownReferenceError
 from erpo_core.models import check_model_ref
 from erpo_core.rewards.functions import check_rewards
+from erpo_core.specs import BranchSpec
 from erpo_core.specs.common import CheckpointRef, JobOptions
+from erpo_core.specs.entropy import AnswerSource
 from service.auth import Principal
 from service.db import datasets as dataset_rows
 from service.db import jobs as job_rows
 from service.db import runs as run_rows
+from service.db import traces as trace_rows
 from service.db.engine import Database
 from service.settings import Settings
 
 
 @dataclass
 class Admitted:
-    """What admission found: the runs that must succeed first; the size of the data set, if it is known."""
+    """What admission found: the runs that must succeed first; the size of what is worked on, if it is known."""
 
     depends_on: list[str] = field(default_factory=list)
     num_problems: int | None = None
+    num_tokens: int | None = None
 
 
 def admit(database: Database, settings: Settings, principal: Principal, spec: Any) -> Admitted:
@@ -41,9 +45,13 @@ def admit(database: Database, settings: Settings, principal: Principal, spec: An
     with database.read() as session:
         _check_model(session, settings, principal, spec.model, admitted)
         _check_dependencies(session, principal, spec.job, admitted)
-        if hasattr(spec, "dataset"):
+        if getattr(spec, "dataset", None):
             _check_upload(session, principal, spec.dataset.partition("?")[0])
-    if hasattr(spec, "dataset"):
+        if getattr(spec, "source", None):
+            _check_source(session, principal, spec.source, admitted)
+        if hasattr(spec, "sequence"):
+            _check_sequence(session, principal, spec)
+    if getattr(spec, "dataset", None):
         imitates = getattr(spec, "algorithm", None) == "sft"
         admitted.num_problems = check_dataset(spec.dataset, settings.data_root, with_solutions=imitates)
         if not imitates:
@@ -91,6 +99,38 @@ def _check_checkpoint(session: Session, model: CheckpointRef) -> None:
     raise UnknownReferenceError(
         f"{model.run} has no checkpoint {model.checkpoint!r}", pointer="/model/checkpoint", mend=known
     )
+
+
+def _check_source(session: Session, principal: Principal, source: AnswerSource, admitted: Admitted) -> None:
+    run = _visible_run(session, principal, source.run, "/source/run")
+    if not job_rows.get_job(session, run.job_id).is_terminal:
+        admitted.depends_on.append(run.id)
+        return
+    count, admitted.num_tokens = run_rows.size_of_answers(session, run.id, step=source.step, limit=source.limit)
+    if not count:
+        where = "" if source.step is None else f" at step {source.step}"
+        raise UnknownReferenceError(
+            f"{run.id} has stored no answers{where}",
+            pointer="/source/run" if source.step is None else "/source/step",
+            mend="name an evaluation or a training; GET /runs/{id}/completions shows what it has",
+        )
+
+
+def _check_sequence(session: Session, principal: Principal, spec: BranchSpec) -> None:
+    try:
+        row = trace_rows.find_sequence(session, spec.sequence)
+        run = run_rows.get_run(session, row.run_id)
+        principal.check_sees(job_rows.get_job(session, run.job_id).owner, f"sequence {spec.sequence}")
+    except NotFoundError:
+        raise UnknownReferenceError(
+            f"there is no sequence {spec.sequence}",
+            pointer="/sequence",
+            mend="name the `id` of one that GET /analyze/entropy/{id}/sequences or /runs/{id}/traces lists",
+        ) from None
+    if spec.position >= row.num_tokens:
+        raise SpecError(
+            f"the answer has {row.num_tokens} tokens", pointer="/position", mend=f"write at most {row.num_tokens - 1}"
+        )
 
 
 def _check_dependencies(session: Session, principal: Principal, options: JobOptions, admitted: Admitted) -> None:

@@ -13,7 +13,18 @@ from service.events import EventHub
 from service.guard import GuardMiddleware
 from service.openapi import add_docs, install_openapi
 from service.publish import Publisher
-from service.routers import analyze, comparisons, evaluations, health, jobs, registries, runs, session, traces
+from service.routers import (
+    analyze,
+    comparisons,
+    evaluations,
+    exports,
+    health,
+    jobs,
+    registries,
+    runs,
+    session,
+    traces,
+)
 from service.routers.dashboard import add_dashboard
 from service.settings import Settings
 
@@ -55,6 +66,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         jobs.router,
         analyze.router,
         traces.analyses,
+        exports.router,
         traces.training,
         comparisons.router,
         evaluations.router,

@@ -45,10 +45,12 @@ STATUS_OF_CODE: dict[str, int] = {
     "unknown_reference": 422,
     "unknown_model": 422,
     "forbidden_path": 422,
+    "quota_exceeded": 422,
     "idempotency_key_reused": 422,
     "queue_full": 429,
     "corrupt_trace": 500,
     "internal": 500,
+    "format_unavailable": 501,
     "unavailable": 503,
 }
 _STATUS_OF_CLASS: tuple[tuple[type[ErpoError], int], ...] = (

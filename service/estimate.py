@@ -4,7 +4,7 @@ from math import ceil
 from typing import Any
 
 from erpo_core.memory import ModelSize, training_memory
-from erpo_core.specs import EntropySpec, EvaluateSpec
+from erpo_core.specs import BranchSpec, EntropySpec, EvaluateSpec, PerturbationSpec
 from erpo_core.specs.train import GrpoTrainSpec, SftTrainSpec
 
 _TRAIN_TRACE_BYTES = 20
@@ -12,8 +12,13 @@ _TRACE_BYTES = 12
 """Compressed bytes per token: ten channels in training, six otherwise."""
 
 
-def estimate(spec: Any, num_problems: int | None, size: ModelSize | None = None) -> dict[str, int | float | None]:
-    """Upper bounds; None where the size of the data set or of the model is not known before it is loaded."""
+def estimate(
+    spec: Any, num_problems: int | None, *, size: ModelSize | None = None, num_tokens: int | None = None
+) -> dict[str, int | float | None]:
+    """Upper bounds; None where the size of the data set or of the model is not known before it is loaded.
+
+    ``num_tokens``: of the stored answers that an entropy analysis names, if they are there already.
+    """
     memory = training_memory(spec, size) if size and isinstance(spec, GrpoTrainSpec | SftTrainSpec) else {}
     if isinstance(spec, GrpoTrainSpec):
         return _train(spec, num_problems) | memory
@@ -21,7 +26,11 @@ def estimate(spec: Any, num_problems: int | None, size: ModelSize | None = None)
         return _imitate(spec, num_problems) | memory
     if isinstance(spec, EvaluateSpec):
         return _evaluate(spec, num_problems)
-    return _entropy(spec)
+    if isinstance(spec, PerturbationSpec):
+        return _perturbation(spec, num_problems)
+    if isinstance(spec, BranchSpec):
+        return _branch(spec)
+    return _entropy(spec, num_problems, num_tokens)
 
 
 def _train(spec: GrpoTrainSpec, num_problems: int | None) -> dict[str, int | float | None]:
@@ -61,12 +70,39 @@ def _evaluate(spec: EvaluateSpec, num_problems: int | None) -> dict[str, int | f
     return {"num_problems": problems, "completions": completions, "completion_tokens": tokens, "trace_bytes": 0}
 
 
-def _entropy(spec: EntropySpec) -> dict[str, int | float | None]:
-    if spec.texts:
+def _perturbation(spec: PerturbationSpec, num_problems: int | None) -> dict[str, int | float | None]:
+    counts = [count for count in (num_problems, spec.limit) if count is not None]
+    tried = min(counts) if counts else None
+    wanted = spec.num_problems if tried is None else min(spec.num_problems, tried)
+    places = spec.num_positions if spec.mode == "branch_one" else 1
+    outcomes = wanted * len(spec.arms) * places * spec.num_continuations
+    completions = None if tried is None else tried * spec.num_attempts + outcomes
+    length = spec.sampling.max_completion_length
+    return {
+        "num_problems": wanted,
+        "outcomes": outcomes,
+        "completions": completions,
+        "completion_tokens": None if completions is None else completions * length,
+        "trace_bytes": wanted * length * _TRACE_BYTES,
+    }
+
+
+def _branch(spec: BranchSpec) -> dict[str, int | float | None]:
+    completions = (spec.num_alternatives + 1) * spec.num_continuations
+    tokens = completions * spec.sampling.max_completion_length
+    return {"completions": completions, "completion_tokens": tokens, "trace_bytes": 0}
+
+
+def _entropy(spec: EntropySpec, num_problems: int | None, num_tokens: int | None) -> dict[str, int | float | None]:
+    if spec.source:
+        sequences, tokens = spec.source.limit, num_tokens
+    elif spec.texts:
         sequences = len(spec.texts)
         # A token is hardly ever shorter than one character.
         tokens = sum(len(pair.response) for pair in spec.texts)
     else:
-        sequences = len(spec.prompts) * spec.num_samples
+        known = len(spec.prompts) if num_problems is None else num_problems
+        sequences = (min(spec.limit, known or spec.limit) if spec.dataset else known) * spec.num_samples
         tokens = sequences * spec.sampling.max_completion_length
-    return {"sequences": sequences, "tokens": tokens, "trace_bytes": tokens * _TRACE_BYTES}
+    trace_bytes = None if tokens is None else tokens * _TRACE_BYTES
+    return {"sequences": sequences, "tokens": tokens, "trace_bytes": trace_bytes}

@@ -28,6 +28,7 @@ class Settings(BaseSettings):
     allowed_hosts: tuple[str, ...] = Field(("127.0.0.1", "localhost", "[::1]", "testserver"), description="JSON list.")
     max_body_bytes: int = Field(16 * 2**20, ge=1024)
     max_queued_jobs: int = Field(1000, ge=1)
+    max_trace_bytes_per_job: int = Field(4 * 2**30, ge=1, description="Orders that may store more are refused.")
 
     queues: tuple[str, ...] = Field(("default",), description="Queues this worker serves (JSON list).")
     lease_seconds: float = Field(60, gt=0, description="A silent worker loses its job after this time.")

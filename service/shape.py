@@ -70,7 +70,7 @@ def _is_stalled(job: Any) -> bool:
 
 def run_path(kind: str, run_id: str) -> str:
     """Where a run of this kind is read and looked at."""
-    prefix = {"evaluate": "/evaluations", "entropy": "/analyze/entropy"}.get(kind, "/runs")
+    prefix = {"evaluate": "/evaluations", "train": "/runs"}.get(kind, f"/analyze/{kind}")
     return f"{prefix}/{run_id}"
 
 

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 from fastapi import Depends
 from sqlalchemy.orm import Session
 
+from erpo_core.errors import SpecError
 from erpo_core.memory import model_size
 from erpo_core.specs import JobKind
 from service.admission import Admitted, admit
@@ -37,7 +38,7 @@ class _Desk:
         admitted: list[Admitted] = []
 
         def check() -> None:
-            admitted.append(admit(self.database, self.settings, self.principal, spec))
+            admitted.append(self._admit(spec))
 
         def create(session: Session) -> Answer:
             self._check_room(session)
@@ -53,15 +54,32 @@ class _Desk:
 
     def estimate(self, kind: JobKind, spec: Any) -> Answer:
         """Validate and estimate; nothing is queued."""
-        admitted = admit(self.database, self.settings, self.principal, spec)
+        admitted = self._admit(spec)
         body = {
             "valid": True,
             "kind": kind,
             "spec": spec.model_dump(mode="json", exclude={"job"}),
-            "estimate": estimate(spec, admitted.num_problems, model_size(spec.model, self.settings.model_roots)),
+            "estimate": estimate(
+                spec,
+                admitted.num_problems,
+                size=model_size(spec.model, self.settings.model_roots),
+                num_tokens=admitted.num_tokens,
+            ),
             "depends_on": admitted.depends_on,
         }
         return Answer(200, body)
+
+    def _admit(self, spec: Any) -> Admitted:
+        admitted = admit(self.database, self.settings, self.principal, spec)
+        wanted = estimate(spec, admitted.num_problems, num_tokens=admitted.num_tokens)["trace_bytes"]
+        quota = self.settings.max_trace_bytes_per_job
+        if wanted is not None and wanted > quota:
+            raise SpecError(
+                f"it may store {wanted} bytes of token traces; a job may store {quota}",
+                mend="analyse fewer or shorter answers, or raise ERPO_MAX_TRACE_BYTES_PER_JOB",
+                code="quota_exceeded",
+            )
+        return admitted
 
     def _check_room(self, session: Session) -> None:
         limit = self.settings.max_queued_jobs

@@ -7,8 +7,8 @@ from sqlalchemy.orm import Session
 
 from erpo_core.errors import UnknownReferenceError
 from erpo_core.job import JobInputs, ModelInput
-from service.db import jobs, runs
-from service.db.claims import Claim
+from service.db import jobs, runs, traces
+from service.db.claims import KEEPS_ANSWERS, Claim
 from service.settings import Settings
 
 _DEPTH = 32
@@ -32,6 +32,7 @@ def resolve_inputs(session: Session, claim: Claim, settings: Settings) -> JobInp
         model_roots=(*settings.model_roots, settings.artifacts_dir),
         resume_from=_resume_from(session, claim),
         stored_rows=_stored_rows(session, claim),
+        source=_source(session, claim),
     )
 
 
@@ -84,6 +85,36 @@ def _existing(folder: Path) -> Path:
 
 
 def _stored_rows(session: Session, claim: Claim) -> tuple[dict[str, Any], ...]:
-    if claim.kind != "evaluate" or claim.attempt == 1:
+    if claim.kind not in KEEPS_ANSWERS or claim.attempt == 1:
         return ()
     return tuple(runs.stored_answers(session, claim.run_id))
+
+
+def _source(session: Session, claim: Claim) -> dict[str, Any] | None:
+    """What an analysis of stored things works on."""
+    if claim.kind == "branch":
+        return _stored_sequence(session, claim.spec["sequence"])
+    source = claim.spec.get("source") if claim.kind == "entropy" else None
+    if source is None:
+        return None
+    answers = runs.answers_to_analyse(session, source["run"], step=source["step"], limit=source["limit"])
+    if not answers:
+        raise UnknownReferenceError(f"run {source['run']} has stored no answers", pointer="/source/run")
+    return {"prompt_spec": _prompt_spec(session, source["run"]), "answers": answers}
+
+
+def _stored_sequence(session: Session, sequence_id: str) -> dict[str, Any]:
+    row = traces.find_sequence(session, sequence_id)
+    return {
+        "prompt": row.prompt,
+        "prompt_spec": _prompt_spec(session, row.run_id),
+        "token_ids": traces.trace_reader(session, row).columns(["token_ids"])["token_ids"].tolist(),
+        "gold": traces.gold_of(session, row),
+        "tokenizer_digest": row.origin.get("tokenizer_digest"),
+    }
+
+
+def _prompt_spec(session: Session, run_id: str) -> dict[str, Any]:
+    """How the run's problems became prompts: an analysis of stored answers used that of the run which sampled them."""
+    spec = jobs.get_run(session, run_id).spec
+    return _prompt_spec(session, spec["source"]["run"]) if spec.get("source") else spec.get("prompt", {})

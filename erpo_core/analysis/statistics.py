@@ -1,4 +1,7 @@
-"""Summary of one sequence's entropies: what is stored beside its trace."""
+"""Summary of one sequence's entropies: what is stored beside its trace. Intervals of shares."""
+
+import math
+from statistics import NormalDist
 
 import numpy as np
 
@@ -15,3 +18,19 @@ def sequence_stats(entropies: np.ndarray) -> tuple[dict[str, float | None], list
     median, high = np.quantile(values, [0.5, 0.95])
     stats = {"h_mean": values.mean(), "h_p50": median, "h_p95": high, "h_max": values.max()}
     return {name: float(value) for name, value in stats.items()}, counts
+
+
+def wilson_interval(successes: int, trials: int, *, confidence: float = 0.95) -> tuple[float, float]:
+    """Interval of a probability from independent trials (Wilson 1927): sensible at 0 and 1 and for few trials.
+
+    Raises:
+        ValueError: unless 0 <= successes <= trials and trials >= 1.
+    """
+    if not 0 <= successes <= trials or trials < 1:
+        raise ValueError(f"wilson_interval: {successes} of {trials}")
+    z = NormalDist().inv_cdf((1 + confidence) / 2)
+    share, spread = successes / trials, z * z / trials
+    centre = share + spread / 2
+    half = z * math.sqrt(share * (1 - share) / trials + spread / (4 * trials))
+    low, high = (centre - half) / (1 + spread), (centre + half) / (1 + spread)
+    return max(0.0, low) if successes else 0.0, min(1.0, high) if successes < trials else 1.0

@@ -22,8 +22,13 @@ def extract_boxed(text: str) -> str | None:
 
     Of boxes within one another the inner one counts.
     """
-    last = max(_boxes(text), default=None)
-    return (text[slice(*last)].strip() or None) if last else None
+    span = boxed_span(text)
+    return None if span is None else text[slice(*span)].strip() or None
+
+
+def boxed_span(text: str) -> tuple[int, int] | None:
+    """Where the content of the last balanced box starts and ends; None if there is none."""
+    return max(_boxes(text), default=None)
 
 
 def boxed_contents(text: str) -> list[str]:

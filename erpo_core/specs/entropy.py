@@ -4,7 +4,19 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from erpo_core.specs.common import HardwareSpec, JobOptions, ModelRef, PromptSpec, SamplingSpec, Spec, Text
+from erpo_core.specs.common import (
+    DatasetRef,
+    HardwareSpec,
+    JobOptions,
+    ModelRef,
+    PromptSpec,
+    SamplingSpec,
+    Spec,
+    Text,
+)
+
+_TURN_MARKERS = ("<|im_start|>", "<|start_header_id|>", "<start_of_turn>")
+_MAX_SEQUENCES = 10_000
 
 
 class TextPair(Spec):
@@ -26,24 +38,50 @@ class DetectorSpec(Spec):
     min_entropy: float = Field(0.0, ge=0, description="Tokens below it (nats) are never pivots.")
 
 
+class AnswerSource(Spec):
+    """Answers that a run of this service has stored: of an evaluation, or rollouts of a training."""
+
+    run: str = Field(pattern=r"^run_[0-9a-f]{32}$", description="A run that has sampled answers.")
+    step: int | None = Field(None, ge=0, description="Only answers of this training step.")
+    limit: int = Field(200, ge=1, le=_MAX_SEQUENCES, description="Answers at most, in the order they were stored.")
+
+
 class EntropySpec(Spec):
-    """Per-token entropy of texts, or of answers sampled to prompts, by one teacher-forced pass."""
+    """Per-token entropy by one teacher-forced pass: of given texts, of stored answers, or of sampled ones.
+
+    Exactly one of ``prompts``, ``texts``, ``dataset`` and ``source`` says of what.
+    """
 
     model: ModelRef
-    prompts: tuple[Text, ...] = Field((), max_length=10_000, description="Problems; answers are sampled.")
-    texts: tuple[TextPair, ...] = Field((), max_length=10_000, description="Given answers; nothing is sampled.")
+    prompts: tuple[Text, ...] = Field((), max_length=_MAX_SEQUENCES, description="Problems; answers are sampled.")
+    texts: tuple[TextPair, ...] = Field((), max_length=_MAX_SEQUENCES, description="Given answers; nothing is sampled.")
+    dataset: DatasetRef | None = Field(None, description="A benchmark; answers are sampled to its problems.")
+    limit: int = Field(100, ge=1, le=_MAX_SEQUENCES, description="`dataset`: problems at most, by order of the file.")
+    source: AnswerSource | None = Field(
+        None, description="Stored answers, under the prompt of the run that sampled them; `prompt` is not used."
+    )
     prompt: PromptSpec = PromptSpec()
     sampling: SamplingSpec = SamplingSpec()
     num_samples: int = Field(1, ge=1, le=256, description="Answers sampled per prompt.")
     temperature: float = Field(1.0, gt=0, le=10, description="Entropy is that of softmax(logits / temperature).")
     top_k_alternatives: int = Field(5, ge=0, le=50, description="Alternatives stored at each pivot.")
     detector: DetectorSpec = DetectorSpec()
+    batch_size: int = Field(32, ge=1, le=4096, description="Sequences decoded together.")
     reference: bool = Field(True, description="Also score the base model, where the model is an adapter.")
     hardware: HardwareSpec = HardwareSpec()
     job: JobOptions = JobOptions()
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if bool(self.prompts) == bool(self.texts):
-            raise ValueError("prompts: give either `prompts` (answers are sampled) or `texts` (answers are given)")
+        if sum(map(bool, (self.prompts, self.texts, self.dataset, self.source))) != 1:
+            raise ValueError(
+                "prompts: give either `prompts` or `dataset` (answers are sampled), or `texts` or `source` (nothing is)"
+            )
+        for index, pair in enumerate(self.texts):
+            found = next((marker for marker in _TURN_MARKERS if marker in pair.response), None)
+            if found and self.prompt.template != "raw":
+                raise ValueError(
+                    f"texts/{index}/response: it holds the turn marker {found}, but the template makes the turns; give "
+                    "the answer alone, or use template `raw`"
+                )
         return self

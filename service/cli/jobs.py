@@ -14,7 +14,7 @@ JobId = Annotated[str, typer.Argument(help="job_...")]
 @app.command("list")
 def list_jobs(
     status: Annotated[str | None, typer.Option(help="Only this status.")] = None,
-    kind: Annotated[str | None, typer.Option(help="train, evaluate or entropy.")] = None,
+    kind: Annotated[str | None, typer.Option(help="train, evaluate, entropy, perturbation or branch.")] = None,
     limit: Annotated[int, typer.Option(min=1, max=200)] = 20,
     url: Url = None,
 ) -> None:

@@ -54,6 +54,8 @@ class AsyncErpoClient:
         self.runs = AsyncGroup(GROUPS["runs"](), self.send)
         self.evaluations = AsyncGroup(GROUPS["evaluations"](), self.send)
         self.entropy = AsyncGroup(GROUPS["entropy"](), self.send)
+        self.perturbation = AsyncGroup(GROUPS["perturbation"](), self.send)
+        self.branch = AsyncGroup(GROUPS["branch"](), self.send)
         self.datasets = AsyncGroup(GROUPS["datasets"](), self.send)
         self.registries = AsyncGroup(GROUPS["registries"](), self.send)
 
@@ -92,6 +94,19 @@ class AsyncErpoClient:
     async def analyze_entropy(self, *, model: Any, job: dict | None = None, **spec: Any) -> "AsyncJobHandle":
         """Order an entropy analysis."""
         return await self._submit("/analyze/entropy", {"model": model, **spec}, job)
+
+    async def analyze_perturbation(
+        self, *, model: Any, dataset: str, job: dict | None = None, **spec: Any
+    ) -> "AsyncJobHandle":
+        """Order a perturbation of right answers."""
+        return await self._submit("/analyze/perturbation", {"model": model, "dataset": dataset, **spec}, job)
+
+    async def analyze_branch(
+        self, *, model: Any, sequence: str, position: int, job: dict | None = None, **spec: Any
+    ) -> "AsyncJobHandle":
+        """Order the branches of one token of a stored sequence."""
+        body = {"model": model, "sequence": sequence, "position": position, **spec}
+        return await self._submit("/analyze/branch", body, job)
 
     async def estimate(self, path: str, **spec: Any) -> Json:
         """Validate and estimate an order; nothing is queued."""

@@ -140,13 +140,45 @@ class EntropyCalls:
         """Tokens and channels of sequence ``n``; query: channels, start, end."""
         return call("GET", f"/analyze/entropy/{run_id}/sequences/{n}/tokens", **query)
 
-    def cdps(self, run_id: str, top: int = 100) -> Call:
-        """The pivots of highest entropy of the whole analysis."""
-        return call("GET", f"/analyze/entropy/{run_id}/cdps", top=top)
+    def cdps(self, run_id: str, top: int = 100, **detector: Any) -> Call:
+        """The pivots of highest entropy of the whole analysis; query: detector, scope, fraction, threshold, ..."""
+        return call("GET", f"/analyze/entropy/{run_id}/cdps", top=top, **detector)
+
+    def words(self, run_id: str, top: int = 100, **detector: Any) -> Call:
+        """Which tokens the pivots are."""
+        return call("GET", f"/analyze/entropy/{run_id}/words", top=top, **detector)
+
+    def export(self, run_id: str, format: str = "parquet") -> Call:
+        """The whole analysis as one file: ``parquet``, ``npz`` or ``html``."""
+        return call("GET", f"/analyze/entropy/{run_id}/export", accept="*/*", format=format)
 
     def histogram(self, run_id: str) -> Call:
         """The entropy histogram of the whole analysis."""
         return call("GET", f"/analyze/entropy/{run_id}/histogram")
+
+
+class PerturbationCalls:
+    """Under ``/analyze/perturbation``."""
+
+    def get(self, run_id: str) -> Call:
+        """One perturbation; ``result`` holds arms and contrasts."""
+        return call("GET", f"/analyze/perturbation/{run_id}")
+
+    def outcomes(self, run_id: str, **query: Any) -> Call:
+        """A page of its continuations; query: cursor, limit."""
+        return call("GET", f"/analyze/perturbation/{run_id}/outcomes", **query)
+
+
+class BranchCalls:
+    """Under ``/analyze/branch``."""
+
+    def get(self, run_id: str) -> Call:
+        """One tree; ``result`` holds the alternatives and their success."""
+        return call("GET", f"/analyze/branch/{run_id}")
+
+    def outcomes(self, run_id: str, **query: Any) -> Call:
+        """A page of its continuations; query: cursor, limit."""
+        return call("GET", f"/analyze/branch/{run_id}/outcomes", **query)
 
 
 class DatasetCalls:
@@ -186,6 +218,8 @@ GROUPS: dict[str, type] = {
     "runs": RunCalls,
     "evaluations": EvaluationCalls,
     "entropy": EntropyCalls,
+    "perturbation": PerturbationCalls,
+    "branch": BranchCalls,
     "datasets": DatasetCalls,
     "registries": RegistryCalls,
 }

@@ -60,6 +60,8 @@ class ErpoClient:
         self.runs = Group(GROUPS["runs"](), self.send)
         self.evaluations = Group(GROUPS["evaluations"](), self.send)
         self.entropy = Group(GROUPS["entropy"](), self.send)
+        self.perturbation = Group(GROUPS["perturbation"](), self.send)
+        self.branch = Group(GROUPS["branch"](), self.send)
         self.datasets = Group(GROUPS["datasets"](), self.send)
         self.registries = Group(GROUPS["registries"](), self.send)
 
@@ -96,8 +98,20 @@ class ErpoClient:
         return self._submit("/jobs/evaluate", {"model": model, "dataset": dataset, **spec}, job)
 
     def analyze_entropy(self, *, model: Any, job: dict | None = None, **spec: Any) -> "JobHandle":
-        """Order an entropy analysis (`POST /analyze/entropy`) of ``prompts`` or of given ``texts``."""
+        """Order an entropy analysis (`POST /analyze/entropy`) of ``prompts``, ``texts``, ``dataset``, ``source``."""
         return self._submit("/analyze/entropy", {"model": model, **spec}, job)
+
+    def analyze_perturbation(self, *, model: Any, dataset: str, job: dict | None = None, **spec: Any) -> "JobHandle":
+        """Order a perturbation of right answers (`POST /analyze/perturbation`)."""
+        return self._submit("/analyze/perturbation", {"model": model, "dataset": dataset, **spec}, job)
+
+    def analyze_branch(
+        self, *, model: Any, sequence: str, position: int, job: dict | None = None, **spec: Any
+    ) -> "JobHandle":
+        """Order the branches of one token of a stored sequence (`POST /analyze/branch`)."""
+        return self._submit(
+            "/analyze/branch", {"model": model, "sequence": sequence, "position": position, **spec}, job
+        )
 
     def estimate(self, path: str, **spec: Any) -> Json:
         """Validate and estimate an order (`?dry_run=true`); nothing is queued."""

@@ -122,7 +122,7 @@ class Sequence(Base):
     group_stats: Mapped[dict[str, Any]] = mapped_column(default=dict)
     histogram: Mapped[list[Any]] = mapped_column(default=list)
     origin: Mapped[dict[str, Any]] = mapped_column(default=dict)
-    """Digests, temperature and dtypes under which the numbers hold."""
+    """Digests, temperature and dtypes under which the numbers hold; the right answer and special tokens, if known."""
 
 
 class TraceBlob(Base):

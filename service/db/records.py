@@ -52,6 +52,8 @@ _ORIGIN_FIELDS = (
     "dtype",
     "head_dtype",
     "exact",
+    "gold",
+    "special_positions",
 )
 
 

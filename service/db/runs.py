@@ -11,7 +11,16 @@ from service.db.models import Job, Run
 from service.db.paging import Page, read_page
 from service.db.types import clamp
 
-__all__ = ["get_run", "list_checkpoints", "list_completions", "list_items", "list_runs", "stored_answers"]
+__all__ = [
+    "answers_to_analyse",
+    "get_run",
+    "list_checkpoints",
+    "list_completions",
+    "list_items",
+    "list_runs",
+    "size_of_answers",
+    "stored_answers",
+]
 
 
 def list_runs(
@@ -91,6 +100,18 @@ def stored_answers(s: Session, run_id: str) -> list[dict[str, Any]]:
     )
     query = select(*(getattr(Completion, name) for name in names)).where(Completion.run_id == run_id)
     return [dict(zip(names, row, strict=True)) for row in s.execute(query)]
+
+
+def answers_to_analyse(s: Session, run_id: str, *, step: int | None, limit: int) -> list[dict[str, Any]]:
+    """The first stored answers of a run, with their problems and right answers."""
+    page = list_completions(s, run_id, step=step, limit=limit)
+    return [{"prompt": row.prompt, "completion": row.completion, "gold": row.gold} for row in page.rows]
+
+
+def size_of_answers(s: Session, run_id: str, *, step: int | None, limit: int) -> tuple[int, int]:
+    """How many answers :func:`answers_to_analyse` finds, and their tokens."""
+    rows = list_completions(s, run_id, step=step, limit=limit).rows
+    return len(rows), sum(row.num_tokens for row in rows)
 
 
 def list_checkpoints(s: Session, run_id: str) -> list[Checkpoint]:

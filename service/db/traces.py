@@ -1,11 +1,13 @@
 """Token traces: sequences of a run, ranges of their channels, pivots, histograms."""
 
+from collections.abc import Iterator
+
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session, defer
 
 from erpo_core.codec import TraceReader
 from erpo_core.errors import NotFoundError
-from service.db.measured import Pivot, Sequence, TraceBlob
+from service.db.measured import Completion, Pivot, Sequence, TraceBlob
 from service.db.paging import Page, read_page
 from service.db.types import MAX_SMALL_INTEGER, clamp
 
@@ -35,6 +37,23 @@ def get_sequence(s: Session, run_id: str, n: int) -> Sequence:
     return row
 
 
+def find_sequence(s: Session, sequence_id: str) -> Sequence:
+    """Raises NotFoundError where there is no such sequence."""
+    row = s.get(Sequence, sequence_id)
+    if row is None:
+        raise NotFoundError(f"there is no sequence {sequence_id}")
+    return row
+
+
+def gold_of(s: Session, sequence: Sequence) -> str | None:
+    """The right answer of a sequence's problem: of its trace, or of the stored answer that it is the trace of."""
+    if sequence.origin.get("gold"):
+        return sequence.origin["gold"]
+    query = select(Completion.gold).where(Completion.run_id == sequence.run_id, Completion.step == sequence.step)
+    query = query.where(Completion.prompt_id == sequence.prompt_id, Completion.sample == sequence.sample)
+    return s.scalars(query).first()
+
+
 def trace_reader(s: Session, sequence: Sequence) -> TraceReader:
     """Reads ranges of a stored blob; only the bytes that hold them leave the database."""
 
@@ -57,6 +76,17 @@ def top_pivots(s: Session, run_id: str, top: int) -> list[Pivot]:
     """The most uncertain pivots of a run."""
     query = select(Pivot).where(Pivot.run_id == run_id)
     return list(s.scalars(query.order_by(Pivot.entropy.desc(), Pivot.n, Pivot.position).limit(top)))
+
+
+def all_pivots(s: Session, run_id: str) -> Iterator[tuple[Pivot, int]]:
+    """Every stored pivot of a run with the number of tokens of its sequence."""
+    query = select(Pivot, Sequence.num_tokens).join(Sequence, Sequence.id == Pivot.sequence_id)
+    yield from s.execute(query.where(Pivot.run_id == run_id).order_by(Pivot.n, Pivot.position))
+
+
+def token_texts(s: Session, run_id: str, n: int) -> list[str]:
+    """The texts of a sequence's tokens, which lists of sequences leave out."""
+    return s.scalar(select(Sequence.tokens).where(Sequence.run_id == run_id, Sequence.n == n)) or []
 
 
 def histogram(s: Session, run_id: str) -> list[int]:

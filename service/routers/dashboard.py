@@ -21,7 +21,7 @@ from service.negotiation import wants_html
 _HOME = Path(__file__).parent.parent / "dashboard"
 # The security headers, CSP among them, are put on every answer by :mod:`service.guard`.
 _HEADERS = {"Cache-Control": "no-cache", "Vary": "Accept"}
-_templates = Environment(loader=FileSystemLoader(_HOME / "templates"), autoescape=select_autoescape())
+templates = Environment(loader=FileSystemLoader(_HOME / "templates"), autoescape=select_autoescape())
 
 
 _RUN_ID = r"^[a-z]+_[0-9a-f]{32}$"
@@ -78,6 +78,18 @@ def entropy(run_id: RunId) -> Response:
     return _page("tokens.html", title="Entropy", module="tokens.js", run_id=run_id, source="analysis")
 
 
+@router.get("/analyze/perturbation/{run_id}")
+def perturbation(run_id: RunId) -> Response:
+    """Accuracy by arm, and the contrasts."""
+    return _page("perturbation.html", title="Perturbation", module="perturbation.js", run_id=run_id)
+
+
+@router.get("/analyze/branch/{run_id}")
+def branch(run_id: RunId) -> Response:
+    """What else could have stood at one place, and where it leads."""
+    return _page("branch.html", title="Branches", module="branch.js", run_id=run_id)
+
+
 @router.get("/runs/{run_id}/traces/{number}")
 def trace(run_id: RunId, number: int) -> Response:
     """The credit microscope: one traced answer of a training step."""
@@ -87,4 +99,4 @@ def trace(run_id: RunId, number: int) -> Response:
 
 
 def _page(template: str, **values: object) -> Response:
-    return HTMLResponse(_templates.get_template(template).render(values), headers=_HEADERS)
+    return HTMLResponse(templates.get_template(template).render(values), headers=_HEADERS)

@@ -1,5 +1,6 @@
 """Token traces: of analyses under ``/analyze/entropy``, of training steps under ``/runs``. One implementation."""
 
+from heapq import nsmallest
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Path, Query, Request, Response
@@ -8,10 +9,11 @@ from fastapi.responses import JSONResponse
 from service.auth import Principal, Reader
 from service.db import traces as trace_rows
 from service.deps import Db
+from service.detection import Detector, detected, stored, word_statistics
 from service.negotiation import accepts
 from service.pagination import DEFAULT_LIMIT, Cursor, Limit, page_json
 from service.schemas.common import Page, problems
-from service.schemas.runs import Histogram, Pivots, Sequence, Tokens
+from service.schemas.runs import Histogram, Pivots, Sequence, Tokens, Words
 from service.traceview import bounds, histogram_json, pivot_json, read_columns, sequence_json, tokens_json
 from service.visibility import RunId, visible_run
 
@@ -52,10 +54,19 @@ def _tokens(kind: str | None, request: Request, run_id: str, n: int, database: D
     return Response(content, headers=headers, media_type=OCTETS)
 
 
-def _pivots(kind: str | None, run_id: str, database: Db, principal: Principal, top: int) -> Response:
+def _pivots(
+    kind: str | None, run_id: str, database: Db, principal: Principal, top: int, detector: Detector = None
+) -> Response:
     with database.read() as session:
         run = visible_run(session, run_id, principal, kind)
+        if detector is not None:
+            found = nsmallest(top, detected(session, run, detector), key=_by_entropy)
+            return JSONResponse({"data": found})
         return JSONResponse({"data": [pivot_json(row) for row in trace_rows.top_pivots(session, run.id, top)]})
+
+
+def _by_entropy(pivot: dict[str, Any]) -> tuple:
+    return -pivot["entropy"], pivot["n"], pivot["position"]
 
 
 def _histogram(kind: str | None, run_id: str, database: Db, principal: Principal) -> Response:
@@ -128,10 +139,19 @@ def sequence_tokens(
     return _tokens("entropy", request, run_id, n, database, principal, channels, start, end)
 
 
-@analyses.get("/analyze/entropy/{run_id}/cdps", response_model=Pivots, responses=problems(401, 404))
-def analysis_pivots(run_id: RunId, database: Db, principal: Reader, top: Top = 100) -> Any:
-    """The Critical Decision Pivots of highest entropy."""
-    return _pivots("entropy", run_id, database, principal, top)
+@analyses.get("/analyze/entropy/{run_id}/cdps", response_model=Pivots, responses=problems(401, 404, 422))
+def analysis_pivots(run_id: RunId, database: Db, principal: Reader, detector: Detector, top: Top = 100) -> Any:
+    """The Critical Decision Pivots of highest entropy: those stored, or found anew with another `detector`."""
+    return _pivots("entropy", run_id, database, principal, top, detector)
+
+
+@analyses.get("/analyze/entropy/{run_id}/words", response_model=Words, responses=problems(401, 404, 422))
+def analysis_words(run_id: RunId, database: Db, principal: Reader, detector: Detector, top: Top = 100) -> Any:
+    """Which tokens the pivots are: how often, how uncertain, where in their answers."""
+    with database.read() as session:
+        run = visible_run(session, run_id, principal, "entropy")
+        pivots = stored(session, run) if detector is None else detected(session, run, detector)
+        return JSONResponse({"data": word_statistics(pivots, top)})
 
 
 @analyses.get("/analyze/entropy/{run_id}/histogram", response_model=Histogram, responses=problems(401, 404))

@@ -57,5 +57,6 @@ _MEANING = {
     416: "The range lies outside",
     422: "The request cannot be honoured as written; `errors` names each place and the mend",
     429: "Too many jobs are waiting",
+    501: "A library that this format needs is not installed",
     503: "Database out of reach",
 }

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, Field, model_validator
 
-JobKindName = Literal["train", "evaluate", "entropy"]
+JobKindName = Literal["train", "evaluate", "entropy", "perturbation", "branch"]
 
 
 class Progress(BaseModel):

@@ -141,6 +141,23 @@ class Pivots(BaseModel):
     data: list[Pivot]
 
 
+class Word(BaseModel):
+    """A token that pivots are."""
+
+    token: str
+    count: int
+    share: float = Field(description="Of all pivots.")
+    mean_entropy: float
+    max_entropy: float
+    mean_progress: float = Field(description="Mean place in the answer, 0 at its beginning.")
+
+
+class Words(BaseModel):
+    """The most frequent pivots."""
+
+    data: list[Word]
+
+
 class Histogram(BaseModel):
     """Token counts by entropy over the whole run."""
 

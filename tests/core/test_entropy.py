@@ -9,6 +9,7 @@ torch = pytest.importorskip("torch")
 
 from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
+from erpo_core.analysis.detectors import find_pivots  # noqa: E402
 from erpo_core.analysis.entropy import run_entropy  # noqa: E402
 from erpo_core.analysis.tokens import display_tokens  # noqa: E402
 from erpo_core.codec import decode_trace  # noqa: E402
@@ -16,10 +17,12 @@ from erpo_core.errors import SpecError  # noqa: E402
 from erpo_core.job import JobInputs, ModelInput  # noqa: E402
 from erpo_core.prompts import prompt_ids  # noqa: E402
 from erpo_core.records import Result, Trace, from_wire, to_wire  # noqa: E402
-from erpo_core.specs.entropy import EntropySpec  # noqa: E402
+from erpo_core.specs.entropy import DetectorSpec, EntropySpec  # noqa: E402
 from tiny_model import make_tiny_model, make_tiny_tokenizer  # noqa: E402
 
 RUNNING = SimpleNamespace(requested=False)
+HALF = 2**-11
+"""Relative error of float16, in which every channel but entropy is stored."""
 TEXTS = [
     {"prompt": "What is 17 + 25?", "response": "17 + 25 = 42, so the answer is \\boxed{42}."},
     {"prompt": "Say it in Greek.", "response": "ἀεί — 永遠 🙂 done"},
@@ -44,8 +47,9 @@ def tiny(tmp_path_factory):
     return make_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
 
 
-def inputs(tiny, adapter=None) -> JobInputs:
+def inputs(tiny, adapter=None, **changes) -> JobInputs:
     return JobInputs(
+        **changes,
         job_id="job_1",
         run_id="run_1",
         attempt=1,
@@ -89,7 +93,7 @@ def test_entropy_and_log_probability_equal_a_float64_recomputation(tiny, tempera
         entropies, logps, answer = by_hand(tiny, spec, text, temperature)
         assert columns["token_ids"].tolist() == answer
         np.testing.assert_allclose(columns["entropy"], entropies, atol=1e-4)
-        np.testing.assert_allclose(columns["logp"], logps, rtol=5e-4)  # stored as float16
+        np.testing.assert_allclose(columns["logp"], logps, rtol=HALF)
 
 
 def test_the_tokens_of_a_page_are_the_text(tiny):
@@ -137,7 +141,7 @@ def test_the_best_alternative_is_the_token_of_rank_zero(tiny):
             best = pivot["alternatives"][0]
             chosen = columns["token_ids"][pivot["position"]] == best["token_id"]
             assert chosen == (columns["rank"][pivot["position"]] == 0)
-            assert best["logp"] == pytest.approx(np.log(columns["top_prob"][pivot["position"]]), abs=1e-4)
+            assert best["logp"] == pytest.approx(np.log(columns["top_prob"][pivot["position"]]), abs=2 * HALF)
             found += 1
     assert found >= len(traces) == 3
 
@@ -165,8 +169,8 @@ def test_progress_of_an_adapter_is_its_distance_to_the_base(tiny, tmp_path):
         before, after = decode_trace(plain.payload), decode_trace(trained.payload)
         assert "progress" not in before
         assert np.abs(after["progress"]).max() > 0.01
-        # The log-probabilities are stored as float16, spaced by up to 0.008; the progress is a channel of its own.
-        np.testing.assert_allclose(after["progress"], after["logp"] - before["logp"], atol=0.01)
+        rounding = 3 * HALF * np.abs(after["logp"]).max()
+        np.testing.assert_allclose(after["progress"], after["logp"] - before["logp"], atol=rounding)
 
 
 def test_special_tokens_are_never_pivots_and_not_counted(tiny):
@@ -189,3 +193,46 @@ def test_a_stop_ends_the_analysis_without_a_result(tiny):
     assert run_entropy(spec, inputs(tiny), sink, SimpleNamespace(requested=True)) == {"stopped": True}
     assert not sink.of(Trace)
     assert not sink.of(Result)
+
+
+def test_stored_answers_are_scored_under_the_prompt_that_they_were_sampled_with(tiny):
+    answers = [{"prompt": text["prompt"], "completion": text["response"], "gold": "42"} for text in [*TEXTS, TEXTS[0]]]
+    answers.append({"prompt": "An end only.", "completion": "", "gold": None})
+    source = {"prompt_spec": {"template": "raw"}, "answers": answers}
+    given = inputs(tiny, source=source)
+    traces, summary = analyse(given, source={"run": "run_" + "0" * 32})
+    expected, _ = analyse(inputs(tiny), texts=TEXTS, prompt={"template": "raw"})
+    assert summary["num_sequences"] == 3
+    assert [(t.meta["group"], t.meta["sample"], t.meta["gold"]) for t in traces] == [
+        (0, 0, "42"),
+        (1, 0, "42"),
+        (0, 1, "42"),
+    ]
+    assert [t.payload for t in traces[:2]] == [t.payload for t in expected]
+
+
+def test_a_benchmark_gives_problems_and_right_answers(tiny):
+    (tiny.parent / "two.jsonl").write_text(
+        '{"problem": "1 + 1?", "answer": "2"}\n{"problem": "2 + 2?", "answer": "4"}\n'
+    )
+    body = {"dataset": "data:two.jsonl", "num_samples": 2, "sampling": {"max_completion_length": 5}}
+    traces, _ = analyse(inputs(tiny, data_root=tiny.parent), **body)
+    found = [(t.meta["prompt"], t.meta["gold"], t.meta["sample"]) for t in traces]
+    assert found == [("1 + 1?", "2", 0), ("1 + 1?", "2", 1), ("2 + 2?", "4", 0), ("2 + 2?", "4", 1)]
+    assert len(analyse(inputs(tiny, data_root=tiny.parent), **body, limit=1)[0]) == 2
+
+
+def test_pivots_over_all_answers_are_the_same_as_with_all_of_them_in_memory(tiny):
+    detector = {"kind": "quantile", "fraction": 0.1, "scope": "run"}
+    traces, _ = analyse(inputs(tiny), texts=TEXTS, detector=detector)
+    entropies = [decode_trace(trace.payload)["entropy"] for trace in traces]
+    expected = find_pivots(entropies, DetectorSpec(**detector))
+    assert [[p["position"] for p in t.meta["pivots"]] for t in traces] == [list(found) for found in expected]
+    assert all(len(p["alternatives"]) == 5 for t in traces for p in t.meta["pivots"])
+
+
+def test_a_response_with_turns_of_its_own_is_refused(tiny):
+    text = {"prompt": "Stop.", "response": "ok<|im_end|>\nand on"}
+    with pytest.raises(SpecError, match="template") as refused:
+        analyse(inputs(tiny), texts=[text])
+    assert refused.value.pointer == "/texts/0/response"

@@ -66,6 +66,7 @@ def send(client, method: str, route: str, headers: dict, job_id: str = NO_JOB, r
         return client.post(path, headers=headers, files={"file": ("a.jsonl", b'{"problem": "1 + 1?", "answer": "2"}')})
     bodies = {"/jobs/train": TRAIN, "/jobs/evaluate": TRAIN, "/session": {"key": "none"}}
     bodies["/analyze/entropy"] = {"model": "smollm2-135m", "prompts": ["1 + 1?"]}
+    bodies["/analyze/perturbation"] = TRAIN
     body = {} if method == "PATCH" else bodies.get(route) if method == "POST" else None
     return client.request(method, path, headers=headers, json=body)
 

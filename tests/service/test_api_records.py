@@ -243,7 +243,11 @@ def test_every_answer_is_as_documented(api, database, owned, tmp_path):
     evaluation = claim(database)
     finish(database, evaluation, "failed", reason="oom", error={"code": "oom", "message": "m", "log_tail": "l"})
     call(database, claims.register_worker, "worker-a", host="h", pid=1, queues=["default"])
-    ids = {"/evaluations": evaluation, "/analyze": entropy}
+    ids = {"/evaluations": evaluation, "/analyze/entropy": entropy}
+    for kind in ("perturbation", "branch"):
+        submit(database, kind)
+        ids[f"/analyze/{kind}"] = claim(database)
+        store(database, ids[f"/analyze/{kind}"], answers(0, 2), Result({"arms": {}}))
     checked = 0
     for route in create_app(Settings(data_dir=tmp_path / "routes")).routes:
         if not isinstance(route, APIRoute) or "GET" not in route.methods or not route.response_model:

@@ -5,14 +5,16 @@ import threading
 import time
 from pathlib import Path
 
+import httpx
 import numpy as np
 import pytest
 import uvicorn
 from playwright.sync_api import expect, sync_playwright
 
+from erpo_core.analysis.perturbation_summary import summarise
 from erpo_core.codec import encode_trace
 from erpo_core.records import Checkpoint, Completions, Metrics, Progress, Resolved, Result, Trace
-from erpo_core.specs import EntropySpec, ErpoTrainSpec
+from erpo_core.specs import BranchSpec, EntropySpec, ErpoTrainSpec, PerturbationSpec
 from erpo_core.specs.common import JobOptions
 from service.app import create_app
 from service.cli.up import free_port
@@ -43,7 +45,8 @@ def service(tmp_path_factory):
     settings.data_dir.mkdir(exist_ok=True)
     database = Database(settings.database_url)
     database.migrate()
-    runs = {"train": _training(database), "entropy": _analysis(database)}
+    runs = {"train": _training(database), "entropy": _analysis(database), "other": _analysis(database, shift=0.75)}
+    runs |= {"perturbation": _perturbation(database), "branch": _branch(database)}
     runs["queued"] = _submit(database, "train", _train_spec(), "Waiting").run_id
     port = free_port("127.0.0.1")
     server = uvicorn.Server(
@@ -127,17 +130,41 @@ def _training(database: Database) -> str:
     return _run(database, "train", _train_spec(), f"Training {EVIL}", [*stored, Result({"steps": 8})])
 
 
-def _analysis(database: Database) -> str:
+def _analysis(database: Database, shift: float = 0.0) -> str:
     spec = EntropySpec(model="smollm2-135m", prompts=("What is 28 + 47?",))
-    stored = [_trace(0), _trace(0, sample=1), Result({"num_tokens": len(TOKENS)})]
+    stored = [_trace(0, shift=shift), _trace(0, sample=1, shift=shift), Result({"num_tokens": len(TOKENS)})]
     return _run(database, "entropy", spec, "Analysis", stored)
 
 
-def _trace(step: int, *, sample: int = 0, training: bool = False) -> Trace:
+def _perturbation(database: Database) -> str:
+    spec = PerturbationSpec(model="smollm2-135m", dataset="reasoning-gym:chain_sum")
+    rows = [
+        {"prompt_id": f"{g}/{arm}/3/5>6", "sample": 0, "verdict": "right", "truncated": False} | {"completion": EVIL}
+        for g in range(8)
+        for arm in spec.arms
+        if arm != "high" or g < 6
+    ]
+    rows += [row | {"prompt_id": f"{g}/high/3/5>6", "truncated": True} for g in (6, 7) for row in rows[:1]]
+    edit = {"position": 3, "progress": 0.2, "entropy": 1.5, "token": EVIL, "replacement": None, "surprisal": 4.0}
+    result = summarise(rows, [{"group": 0, "arm": arm, "edits": [edit]} for arm in spec.arms], spec)
+    result |= {"num_tried": 20, "num_solved": 9, "num_too_short": 1, "solve_rate": 0.4}
+    return _run(database, "perturbation", spec, "Perturbation", [Completions(0, rows), Result(result)])
+
+
+def _branch(database: Database) -> str:
+    spec = BranchSpec(model="smollm2-135m", sequence="seq_" + "0" * 32, position=3)
+    one = {"token": EVIL, "token_id": 5, "logp": -0.5, "is_written": True, "num": 8, "truncated": 1, "right": 6}
+    one |= {"rate": {"value": 0.75, "low": 0.41, "high": 0.93}, "answers": [{"answer": EVIL, "count": 8}]}
+    result = {"prompt": EVIL, "prefix": "28 + 47", "position": 3, "entropy": 1.9, "gold": "75"}
+    branches = [one | {"examples": [EVIL]}, one | {"examples": [], "token": " no", "is_written": False, "right": 2}]
+    return _run(database, "branch", spec, "Branches", [Result(result | {"branches": branches})])
+
+
+def _trace(step: int, *, sample: int = 0, training: bool = False, shift: float = 0.0) -> Trace:
     size = len(TOKENS)
     columns = {
         "token_ids": np.arange(100, 100 + size, dtype=np.uint32),
-        "entropy": np.array(ENTROPIES, dtype=np.float32),
+        "entropy": np.array(ENTROPIES, dtype=np.float32) + np.float32(shift),
         "logp": np.linspace(-2, 0, size, dtype=np.float16),
         "progress": np.linspace(-1, 1, size, dtype=np.float16),
         "rank": np.zeros(size, dtype=np.uint16),
@@ -170,10 +197,11 @@ def test_the_list_links_to_every_run(service, page):
     base, runs = service
     page.goto(base)
     page.locator(f"a[href='/runs/{runs['train']}']").wait_for()
+    assert page.locator(f"a[href='/analyze/perturbation/{runs['perturbation']}']").count() == 1
     assert page.locator(f"a[href='/analyze/entropy/{runs['entropy']}']").count() == 1
-    assert page.locator("#jobs tbody tr").count() == 3
+    assert page.locator("#jobs tbody tr").count() == len(runs)
     page.get_by_role("button", name="Entropy").click()
-    expect(page.locator("#jobs tbody tr")).to_have_count(1)
+    expect(page.locator("#jobs tbody tr")).to_have_count(2)
 
 
 def test_a_run_shows_curves_answers_traces_and_configuration(service, page):
@@ -267,7 +295,7 @@ def test_the_credit_microscope_switches_channels(service, page):
     page.locator(".token").first.wait_for()
     names = page.locator("#channels button").all_text_contents()
     assert names == [
-        *("Entropy", "Log-prob", "Progress", "Gate", "Norm. progress", "Shift", "Advantage", "Leverage", "Rank")
+        *("Entropy", "Log-prob", "Progress", "KL", "Gate", "Norm. progress", "Shift", "Advantage", "Leverage", "Rank")
     ]
     before = page.locator(".token").first.get_attribute("style")
     page.get_by_role("button", name="Advantage").click()
@@ -275,7 +303,88 @@ def test_the_credit_microscope_switches_channels(service, page):
     assert "≤ −" in page.locator("#legend-ends").inner_text()
 
 
-@pytest.mark.parametrize("place", ["list", "run", "analysis", "trace"])
+def test_another_analysis_of_the_same_tokens_is_a_difference(service, page):
+    base, runs = service
+    page.goto(f"{base}/analyze/entropy/{runs['entropy']}#n=0&t=3")
+    page.locator("#card .values").wait_for()
+    page.locator("#other").select_option(runs["other"])
+    page.locator("#channels").get_by_text("ΔH").wait_for()
+    expect(page.locator("#card")).to_contain_text("ΔH")
+    assert "0.75" in page.locator("#card").inner_text()
+    assert f"vs={runs['other']}" in page.url
+    page.reload()
+    page.locator("#channels [aria-pressed='true']", has_text="ΔH").wait_for()
+
+
+def test_b_on_a_token_orders_its_branches_once(service, page):
+    base, runs = service
+    page.goto(f"{base}/analyze/entropy/{runs['entropy']}")
+    page.locator(".token").first.wait_for()
+    for _ in range(2):
+        page.keyboard.press("n")
+        page.keyboard.press("b")
+        page.wait_for_url("**/analyze/branch/*")
+        expect(page.locator("#status")).to_have_text("queued")
+        address = page.url
+        page.go_back()
+        page.goto(f"{base}/analyze/entropy/{runs['entropy']}")
+        page.locator(".token").first.wait_for()
+    spec = httpx.get(address).json()["spec"]
+    assert (spec["position"], spec["model"]) == (PIVOTS[0], "smollm2-135m")
+    found = httpx.get(f"{base}/runs", params={"kind": "branch"}).json()["data"]
+    assert len([run for run in found if run["spec"]["position"] == PIVOTS[0] and run["status"] == "queued"]) == 1
+
+
+def test_a_perturbation_shows_effects_and_gives_its_figure_away(service, page):
+    base, runs = service
+    page.goto(f"{base}/analyze/perturbation/{runs['perturbation']}")
+    page.locator("#figure svg").wait_for()
+    label = page.locator("#figure svg").get_attribute("aria-label")
+    assert "high entropy replaced 75.0%" in label
+    assert "low entropy replaced 100.0%" in label
+    first = page.locator("#contrasts tbody tr").first.inner_text()
+    assert "+25.0" in first
+    assert "McNemar, exact: 2 against 0" in first
+    for name, start in (("PNG", b"\x89PNG"), ("SVG", b"<svg"), ("Summary, JSON", b"{")):
+        with page.expect_download() as download:
+            page.get_by_role("button", name=name).click()
+        assert download.value.path().read_bytes().startswith(start)
+    with page.expect_download() as download:
+        page.get_by_role("link", name="All outcomes, CSV").click()
+    assert download.value.path().read_text().count("/") == 0
+
+
+def test_a_tree_of_branches_tells_where_each_token_leads(service, page):
+    base, runs = service
+    page.goto(f"{base}/analyze/branch/{runs['branch']}")
+    page.locator("#branches > li").first.wait_for()
+    assert page.locator("#branches > li").count() == 2
+    assert page.locator("#branches > .is-written").count() == 1
+    text = page.locator("#branches").inner_text()
+    assert "6 of 8 right" in text
+    assert "41.0% – 93.0%" in text
+
+
+def test_a_saved_page_works_without_a_service(service, page, tmp_path):
+    base, runs = service
+    saved = tmp_path / "page.html"
+    saved.write_bytes(httpx.get(f"{base}/analyze/entropy/{runs['entropy']}/export?format=html").content)
+    page.route("http://**/*", lambda route: route.abort())
+    page.goto(saved.as_uri())
+    page.locator(".token").first.wait_for()
+    seen = []
+    for key in ("ArrowRight", "n", "n", "b", "]"):
+        page.keyboard.press(key)
+        seen.append(_current(page))
+    assert seen[:4] == [0, 3, 9, 9]
+    expect(page.locator(".pick[aria-current]")).to_contain_text("#1")
+    assert page.evaluate("window.hacked") is None
+    page.get_by_role("button", name="Rank").click()
+    page.locator("#palette").select_option("cividis")
+    assert page.locator(".token").first.get_attribute("style")
+
+
+@pytest.mark.parametrize("place", ["list", "run", "analysis", "trace", "perturbation", "branch"])
 def test_what_a_model_wrote_stays_text(service, page, place):
     base, runs = service
     path, ready = {
@@ -283,6 +392,8 @@ def test_what_a_model_wrote_stays_text(service, page, place):
         "run": (f"/runs/{runs['train']}", "#completions tbody tr"),
         "analysis": (f"/analyze/entropy/{runs['entropy']}#n=0&t=9", ".alternatives li"),
         "trace": (f"/runs/{runs['train']}/traces/0#t=9", ".alternatives li"),
+        "perturbation": (f"/analyze/perturbation/{runs['perturbation']}", "#examples tbody tr"),
+        "branch": (f"/analyze/branch/{runs['branch']}", "#branches > li"),
     }[place]
     page.goto(base + path)
     page.locator(ready).first.wait_for()
@@ -292,8 +403,6 @@ def test_what_a_model_wrote_stays_text(service, page, place):
 
 
 def test_pages_are_for_browsers_and_documents_for_clients(service):
-    import httpx
-
     base, runs = service
     for path in (f"/runs/{runs['train']}", f"/analyze/entropy/{runs['entropy']}"):
         page = httpx.get(base + path, headers={"Accept": "text/html,*/*;q=0.8"})

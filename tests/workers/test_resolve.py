@@ -2,12 +2,14 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from erpo_core.codec import encode_trace
 from erpo_core.errors import UnknownReferenceError
 from erpo_core.job import JobInputs, ModelInput
-from erpo_core.records import Checkpoint, Completions
-from service.db import claims
+from erpo_core.records import Checkpoint, Completions, Trace
+from service.db import claims, traces
 from service.db.jobs import create_job
 from service.db.records import apply_records
 from workers.resolve import resolve_inputs, resolve_model
@@ -96,3 +98,62 @@ def test_an_evaluation_is_told_which_answers_are_stored(database, settings):
         claims.finish_attempt(session, claim.job_id, 1, outcome="requeued")
         again = claims.claim_next(session, queues=["default"], worker_id="w", lease_seconds=60)
         assert resolve_inputs(session, again, settings).stored == {("p1", 3)}
+
+
+def claimed(session, kind: str, spec: dict):
+    create_job(session, kind=kind, spec={"model": "tiny", **spec}, options={})
+    return claims.claim_next(session, queues=["default"], worker_id="w", lease_seconds=60)
+
+
+@pytest.mark.parametrize("kind", ["perturbation", "branch"])
+def test_an_analysis_that_samples_keeps_its_outcomes_too(database, settings, kind):
+    with database.write() as session:
+        trained = train(session, settings)
+        sequence = traced(session, trained)
+        claim = claimed(session, kind, {"sequence": sequence})
+        row = {"prompt_id": "0/high/3/5>6", "sample": 1, "completion": "x", "verdict": "right"}
+        apply_records(session, job_id=claim.job_id, run_id=claim.run_id, attempt=1, records=[Completions(0, [row])])
+        claims.finish_attempt(session, claim.job_id, 1, outcome="requeued")
+        again = claims.claim_next(session, queues=["default"], worker_id="w", lease_seconds=60)
+        assert resolve_inputs(session, again, settings).stored == {("0/high/3/5>6", 1)}
+
+
+def traced(session, claim) -> str:
+    """The id of a stored sequence of a training, whose right answer stands with the answer it is the trace of."""
+    name = {"prompt_id": "p1", "sample": 0}
+    meta = name | {"prompt": "1 + 1?", "num_tokens": 3, "tokenizer_digest": "t", "pivots": []}
+    columns = {"token_ids": np.array([7, 8, 9]), "entropy": np.zeros(3)}
+    records = [Completions(30, [name | {"completion": "2", "gold": "2"}]), Trace(30, meta, encode_trace(columns))]
+    apply_records(session, job_id=claim.job_id, run_id=claim.run_id, attempt=1, records=records)
+    return traces.get_sequence(session, claim.run_id, 0).id
+
+
+def test_a_branch_is_given_the_tokens_the_prompt_and_the_right_answer(database, settings):
+    with database.write() as session:
+        sequence = traced(session, train(session, settings, prompt={"template": "raw"}))
+        inputs = resolve_inputs(session, claimed(session, "branch", {"sequence": sequence}), settings)
+    assert inputs.source == {
+        **{"prompt": "1 + 1?", "prompt_spec": {"template": "raw"}, "token_ids": [7, 8, 9]},
+        **{"gold": "2", "tokenizer_digest": "t"},
+    }
+    assert JobInputs.from_json(inputs.to_json()) == inputs
+
+
+def test_an_analysis_of_stored_answers_is_given_them_under_their_own_prompt(database, settings):
+    with database.write() as session:
+        trained = train(session, settings, prompt={"template": "raw"})
+        rows = [
+            {"prompt_id": f"p{i}", "sample": 0, "prompt": "1?", "completion": f"{i}", "gold": "1"} for i in range(4)
+        ]
+        records = [Completions(10, rows[:3]), Completions(20, rows[3:])]
+        apply_records(session, job_id=trained.job_id, run_id=trained.run_id, attempt=1, records=records)
+        source = {"run": trained.run_id, "step": 10, "limit": 2}
+        first = claimed(session, "entropy", {"source": source, "prompt": {"template": "chat"}})
+        inputs = resolve_inputs(session, first, settings)
+        assert inputs.source["prompt_spec"] == {"template": "raw"}
+        assert [row["completion"] for row in inputs.source["answers"]] == ["0", "1"]
+        with pytest.raises(UnknownReferenceError, match="no answers"):
+            resolve_inputs(session, claimed(session, "entropy", {"source": source | {"step": 15}}), settings)
+        again = traced(session, first)
+        branch = resolve_inputs(session, claimed(session, "branch", {"sequence": again}), settings)
+    assert branch.source["prompt_spec"] == {"template": "raw"}

@@ -23,7 +23,7 @@ from workers.child.ranks import Silence, become_launcher, is_first_rank, is_rank
 from workers.child.stop import StopFlag
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
-KINDS = ("train", "evaluate", "entropy")
+KINDS = ("train", "evaluate", "entropy", "perturbation", "branch")
 _MEMORY_TEXTS = ("out of memory", "can't allocate memory", "cannot allocate memory", "not enough memory")
 
 

@@ -2,8 +2,8 @@
 import { getJson, query, showNotice } from "./api.js";
 import { byId, clip, duration, el, modelName, number, percent, pill, progressBar, shortId, took, when } from "./dom.js";
 
-const KINDS = { "": "All", train: "Training", evaluate: "Evaluation", entropy: "Entropy" };
-const NAMES = { train: "Training", evaluate: "Evaluation", entropy: "Entropy analysis" };
+const KINDS = { "": "All", train: "Training", evaluate: "Evaluation", entropy: "Entropy", perturbation: "Perturbation", branch: "Branches" };
+const NAMES = { train: "Training", evaluate: "Evaluation", entropy: "Entropy analysis", perturbation: "Perturbation", branch: "Branches" };
 const state = { kind: "", pages: 1, timer: null };
 
 function chooser() {
@@ -29,8 +29,8 @@ async function pages(path, values) {
   return [rows, more];
 }
 
-const PATHS = { evaluate: "/evaluations", entropy: "/analyze/entropy" };
-const address = (job) => `${(job.kind !== "entropy" || job.status === "succeeded") && PATHS[job.kind] || "/runs"}/${job.run_id}`;
+const PATHS = { evaluate: "/evaluations", entropy: "/analyze/entropy", perturbation: "/analyze/perturbation", branch: "/analyze/branch" };
+const address = (job) => `${((job.kind === "evaluate" || job.status === "succeeded") && PATHS[job.kind]) || "/runs"}/${job.run_id}`;
 
 function subject(spec) {
   const algorithm = spec.algorithm ? spec.algorithm.toUpperCase() : null;
@@ -41,6 +41,8 @@ function outcome(job, run) {
   if (job.error) return el("span", { class: "bad", title: job.error.message }, clip(`${job.error.code}: ${job.error.message}`, 60));
   const result = run?.result || {}, summary = run?.summary || {};
   if (result.acc) return `Acc ${percent(result.acc.value)}  (${percent(result.acc.low)} – ${percent(result.acc.high)})`;
+  const contrast = (result.contrasts || [])[0];
+  if (contrast) return `${contrast.first} − ${contrast.second} ${percent(contrast.difference)}  (${percent(contrast.low)} – ${percent(contrast.high)})`;
   if (summary.reward) return `reward ${number(summary.reward.last)}` + (summary.entropy ? `  ·  H ${number(summary.entropy.last)}` : "");
   return job.status_reason || "";
 }

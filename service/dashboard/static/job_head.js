@@ -2,7 +2,7 @@
 import { postJson, showNotice } from "./api.js";
 import { byId, el, number, pill, progressBar, duration } from "./dom.js";
 
-const NAMES = { train: "Training", evaluate: "Evaluation", entropy: "Entropy analysis" };
+const NAMES = { train: "Training", evaluate: "Evaluation", entropy: "Entropy analysis", perturbation: "Perturbation", branch: "Branches" };
 
 // Do the work at most once in `pause` ms, and once more after the last call.
 export function throttled(work, pause = 1000) {

@@ -52,8 +52,9 @@ function checkpointItem(checkpoint) {
 
 function showJob() {
   const { job } = state;
-  const heatMap = job.kind === "entropy" ? [el("a", { class: "button main", href: `/analyze/entropy/${runId}` }, "Open the heat map")] : [];
-  showJobHead(job, heatMap, () => { refreshJob(); if (!state.streaming) listen(); });
+  const shown = { entropy: "Open the heat map", perturbation: "Open the figure", branch: "Open the tree" }[job.kind];
+  const more = shown ? [el("a", { class: "button main", href: `/analyze/${job.kind}/${runId}` }, shown)] : [];
+  showJobHead(job, more, () => { refreshJob(); if (!state.streaming) listen(); });
   showFacts();
 }
 

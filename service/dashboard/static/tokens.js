@@ -2,6 +2,8 @@
 import { getJson, query, showNotice } from "./api.js";
 import { LineChart } from "./chart.js";
 import { CHANNELS, css, colourAt, defaultTop, domainOf, paletteOf } from "./colour.js";
+import { startBranch } from "./branching.js";
+import { chooseOther, withDifference } from "./difference.js";
 import { byId, clip, el, modelName, number, pill, shortId, visible } from "./dom.js";
 import { showCard } from "./token_card.js";
 import { TokenView } from "./token_view.js";
@@ -11,7 +13,7 @@ const analysis = source === "analysis";
 const home = analysis ? `/analyze/entropy/${runId}` : `/runs/${runId}`;
 const lists = analysis ? `${home}/sequences` : `${home}/traces`;
 const ORDER = Object.keys(CHANNELS);
-const state = { sequences: [], cursor: null, n: null, data: null, channel: "entropy", tops: {}, palette: localStorage.getItem("erpo-palette") || "heat" };
+const state = { other: "", sequences: [], cursor: null, n: null, data: null, channel: "entropy", tops: {}, palette: localStorage.getItem("erpo-palette") || "heat" };
 
 const view = new TokenView(byId("tokens"), { onPoint: pointed });
 const curve = new LineChart(byId("curve"), {
@@ -29,6 +31,7 @@ function pointed(position) {
 function remember() {
   const values = new URLSearchParams({ n: state.n, c: state.channel });
   if (view.current !== null) values.set("t", view.current);
+  if (state.other) values.set("vs", state.other);
   history.replaceState(null, "", `${location.pathname}#${values}`);
 }
 
@@ -53,11 +56,18 @@ function showList() {
   }));
 }
 
+// The k3 estimator of the loss, exp(-d) - 1 + d with d = log p - reference log p = progress / progress_scale.
+function addKl(channels, scale) {
+  if (channels.progress) channels.kl = channels.progress.map((s) => (s === null ? null : Math.expm1(-s / scale) + s / scale));
+}
+
 async function choose(n, position = null) {
   try {
     const data = await getJson(`${lists}/${n}/tokens`);
-    Object.assign(state, { n, data });
     showNotice("");
+    addKl(data.channels, state.scale);
+    await withDifference(data, state.other).catch((error) => showNotice(error.message));
+    Object.assign(state, { n, data });
   } catch (error) {
     showNotice(error.message);
     return;
@@ -132,6 +142,7 @@ async function showRun() {
   byId("crumb").textContent = shortId(runId);
   if (job) byId("status").replaceChildren(pill(job.status, job.stalled));
   state.scale = answer.spec?.progress_scale ?? 1;
+  state.run = answer;
   const spec = answer.spec || {}, detector = spec.detector;
   byId("facts").textContent = [modelName(spec.model), spec.dataset, spec.temperature && `temperature ${spec.temperature}`,
     detector && `pivots: ${detector.kind}${detector.kind === "quantile" ? ` ${100 * detector.fraction}%` : ""} per ${detector.scope}`].filter(Boolean).join("  ·  ");
@@ -143,6 +154,23 @@ function step(by) {
   if (state.sequences[index]) choose(state.sequences[index].n);
 }
 
+async function branchHere() {
+  const sequence = state.sequences.find((s) => s.n === state.n);
+  if (view.current === null || !sequence || document.body.dataset.standalone) return;
+  try {
+    location.href = await startBranch(state.run, sequence.id, view.current);
+  } catch (error) {
+    showNotice(error.message);
+  }
+}
+
+async function compareWith(other) {
+  state.other = other;
+  if (other) state.channel = "difference";
+  const place = view.current;
+  await choose(state.n, place);
+}
+
 function wire() {
   byId("palette").value = state.palette;
   byId("palette").addEventListener("change", () => { state.palette = byId("palette").value; localStorage.setItem("erpo-palette", state.palette); recolour(); });
@@ -152,6 +180,7 @@ function wire() {
     if (event.ctrlKey || event.metaKey || event.altKey || event.target.matches?.("input, select, textarea") || !state.data) return;
     if (event.key === "[") step(-1);
     else if (event.key === "]") step(1);
+    else if (event.key === "b") branchHere();
     else if (!view.key(event.key, event.target)) return;
     event.preventDefault();
     remember();
@@ -161,6 +190,7 @@ function wire() {
 async function start() {
   wire();
   const wanted = new URLSearchParams(location.hash.slice(1));
+  state.other = wanted.get("vs") || "";
   if (wanted.get("c") in CHANNELS) state.channel = wanted.get("c");
   try {
     const job = await showRun();
@@ -173,6 +203,7 @@ async function start() {
     const n = Number(wanted.get("n") ?? (givenNumber || state.sequences[0].n));
     await choose(n, wanted.has("t") ? Number(wanted.get("t")) : null);
     await showPivots();
+    await chooseOther(byId("other"), state, compareWith);
   } catch (error) {
     showNotice(error.message);
   }

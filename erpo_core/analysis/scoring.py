@@ -1,0 +1,151 @@
+"""One teacher-forced pass over an answer: its channels, the hidden states of its tokens, and its trace record."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from erpo_core.analysis.statistics import sequence_stats
+from erpo_core.analysis.tokens import display_tokens
+from erpo_core.codec import encode_trace
+from erpo_core.logits import TokenScores, score_tokens, top_alternatives
+from erpo_core.records import Trace
+
+
+@dataclass
+class Scored:
+    """One answer with its channels; ``hidden`` (tokens, H) is kept for the alternatives at chosen positions."""
+
+    prompt: str
+    group: int
+    sample: int
+    token_ids: list[int]
+    columns: dict[str, np.ndarray]
+    countable: np.ndarray
+    """(tokens,) bool, false on special tokens: they are no pivots and no part of any statistic."""
+    hidden: torch.Tensor
+    gold: str | None = None
+
+
+@torch.no_grad()
+def score_answer(
+    model,
+    tokenizer,
+    prompt_tokens: list[int],
+    token_ids: list[int],
+    *,
+    temperature: float,
+    reference: bool = False,
+    prompt: str = "",
+    group: int = 0,
+    sample: int = 0,
+    gold: str | None = None,
+) -> Scored:
+    """Score an answer's tokens.
+
+    Args:
+        prompt_tokens: Ids of the prompt, at least one.
+        token_ids: Ids of the answer.
+        temperature: Of the distribution whose entropy is measured.
+        reference: Where the model is an adapter, also score its base: ``progress`` is log p - log p of the base.
+        prompt, group, sample, gold: What its trace says of the answer.
+    """
+    hidden, scores = _pass(model, prompt_tokens, token_ids, temperature)
+    columns = {
+        "token_ids": np.array(token_ids),
+        "entropy": _numpy(scores.entropies),
+        "logp": _numpy(scores.logps),
+        "top_prob": _numpy(scores.top_probs),
+        "varentropy": _numpy(scores.varentropies),
+        "rank": _numpy(scores.ranks),
+    }
+    if reference and hasattr(model, "disable_adapter"):
+        with model.disable_adapter():
+            _, base = _pass(model, prompt_tokens, token_ids, temperature)
+        columns["progress"] = _numpy(scores.logps - base.logps)
+    special = set(tokenizer.all_special_ids)
+    countable = np.array([token not in special for token in token_ids])
+    return Scored(prompt, group, sample, token_ids, columns, countable, hidden, gold)
+
+
+def _pass(model, prompt_tokens: list[int], token_ids: list[int], temperature: float) -> tuple[Any, TokenScores]:
+    """The entropy of token t is that of the distribution it was drawn from: the logits one position earlier."""
+    from erpo_core.trainer.scoring import body_of, check_head
+
+    check_head(model.config)
+    device = model.device
+    ids = torch.tensor([prompt_tokens + token_ids], device=device)
+    hidden = body_of(model)(input_ids=ids, use_cache=False).last_hidden_state[0, len(prompt_tokens) - 1 : -1]
+    head = model.get_output_embeddings()
+    targets = torch.tensor(token_ids, device=device)
+    scores = score_tokens(hidden, head.weight, targets, temperature=temperature, bias=getattr(head, "bias", None))
+    return hidden, scores
+
+
+@torch.no_grad()
+def best_tokens(model, scored: Scored, positions: np.ndarray, k: int, *, temperature: float):
+    """Ids and log-probabilities, each (positions, k), best first: a second product with the head, of those rows."""
+    head = model.get_output_embeddings()
+    rows = scored.hidden[torch.from_numpy(np.asarray(positions, dtype=np.int64)).to(scored.hidden.device)]
+    ids, logps = top_alternatives(rows, head.weight, k, temperature=temperature, bias=getattr(head, "bias", None))
+    return ids.cpu().numpy(), logps.cpu().numpy()
+
+
+def trace_of(
+    model, tokenizer, scored: Scored, pivots: np.ndarray, info: dict[str, Any], *, temperature: float, top_k: int
+) -> Trace:
+    """The record that stores an answer's channels, with up to ``top_k`` alternatives at its pivots."""
+    tokens = display_tokens(tokenizer, scored.token_ids)
+    entropies = scored.columns["entropy"]
+    stats, histogram = sequence_stats(entropies[scored.countable])
+    alternatives = _alternatives(model, tokenizer, scored, pivots, top_k, temperature)
+    meta = {
+        "prompt_id": f"prompt-{scored.group}",
+        "group": scored.group,
+        "sample": scored.sample,
+        "prompt": scored.prompt,
+        "completion": tokenizer.decode(scored.token_ids, skip_special_tokens=True),
+        "num_tokens": len(tokens),
+        "tokens": tokens,
+        "stats": stats,
+        "histogram": histogram,
+        "group_stats": {},
+        "pivots": [
+            {
+                "position": int(position),
+                "entropy": float(entropies[position]),
+                "logp": float(scored.columns["logp"][position]),
+                "token": tokens[position],
+                "alternatives": found,
+            }
+            for position, found in zip(pivots, alternatives, strict=True)
+        ],
+        "gold": scored.gold,
+        "special_positions": np.flatnonzero(~scored.countable).tolist(),
+        "model_digest": info["model_digest"],
+        "adapter_digest": info["adapter_digest"],
+        "tokenizer_digest": info["tokenizer_digest"],
+        "dtype": info["dtype"],
+        "head_dtype": "float32",
+        "temperature": temperature,
+        "exact": True,
+    }
+    return Trace(0, meta, encode_trace(scored.columns))
+
+
+def _alternatives(model, tokenizer, scored: Scored, pivots: np.ndarray, top_k: int, temperature: float) -> list[list]:
+    if not top_k or not len(pivots):
+        return [[] for _ in pivots]
+    ids, logps = best_tokens(model, scored, pivots, top_k, temperature=temperature)
+    return [
+        [
+            {"token": tokenizer.decode([token]), "token_id": token, "logp": logp}
+            for token, logp in zip(row_ids, row_logps, strict=True)
+        ]
+        for row_ids, row_logps in zip(ids.tolist(), logps.tolist(), strict=True)
+    ]
+
+
+def _numpy(values: torch.Tensor) -> np.ndarray:
+    return values.float().cpu().numpy()
