@@ -23,6 +23,7 @@ from erpo_core.generation.base import Sample, Sampling, check_call
 
 _LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 _BLOCK_TOKENS = 128
+_CPU_SEQUENCES = 64
 _CPU_CACHE_SHARE = 0.25
 """Of the machine's memory, for keys and values; training may go on in the same process."""
 _SEED_STRIDE = 1_000_003
@@ -80,18 +81,12 @@ class VLLMEngine:
             "logprobs_mode": "processed_logprobs",  # at the sampling temperature, as the trainer scores
             "disable_log_stats": True,
         }
-        if max_num_seqs is not None:
-            settings["max_num_seqs"] = max_num_seqs
-        if max_lora_rank is not None:
-            settings |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": _allowed_rank(max_lora_rank)}
-            settings["worker_extension_cls"] = "erpo_core.generation.vllm_worker.AdapterReport"
+        settings |= {} if max_num_seqs is None else {"max_num_seqs": max_num_seqs}
+        settings |= {} if max_lora_rank is None else _lora_settings(max_lora_rank)
         if self._on_cuda:
             settings["gpu_memory_utilization"] = gpu_memory_utilization
         else:
-            _prepare_cpu()
-            sequences = settings.setdefault("max_num_seqs", 64)
-            settings["enforce_eager"] = True
-            settings["kv_cache_memory_bytes"] = _cache_bytes(Path(model_path), dtype, sequences, max_model_len)
+            settings |= _cpu_settings(Path(model_path), dtype, max_model_len, max_num_seqs or _CPU_SEQUENCES)
         self._llm = _start(settings)
 
     def generate(
@@ -169,7 +164,7 @@ class VLLMEngine:
         request = LoRARequest(f"{folder.name}-{self._versions}", self._versions, str(folder.resolve()))
         try:
             self._llm.llm_engine.add_lora(request)
-        except (ValueError, RuntimeError) as error:
+        except Exception as error:  # what goes wrong in another process comes as a bare Exception
             raise RunError(f"vLLM cannot load the adapter: {error}", code="adapter_unsupported") from error
         self._adapter = request
 
@@ -284,26 +279,36 @@ def _start(settings: dict[str, Any]) -> Any:
     try:
         with _seeded(0):  # vLLM seeds the global generators of its process
             return LLM(**settings)
+    except torch.OutOfMemoryError:
+        raise
     except (ValueError, RuntimeError) as error:
         raise RunError(f"vLLM does not start: {error}", code="engine_unavailable") from error
 
 
-def _prepare_cpu() -> None:
-    """Before vLLM is imported: the engine in this process, where it can be seeded, and no thread bound to a core."""
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+def _cpu_settings(model_path: Path, dtype: str, max_model_len: int, sequences: int) -> dict[str, Any]:
+    """The engine in this process, where it can be seeded, with no thread bound to a core."""
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # read when vLLM is imported
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    cache = _cache_bytes(model_path, dtype, max_model_len, sequences)
+    return {"max_num_seqs": sequences, "enforce_eager": True, "kv_cache_memory_bytes": cache}
 
 
-def _cache_bytes(model_path: Path, dtype: str, sequences: int, max_model_len: int) -> int:
-    """For the keys and values of so many full sequences, within the share of memory; one sequence at least."""
+def _cache_bytes(model_path: Path, dtype: str, max_model_len: int, sequences: int) -> int:
+    """For the keys and values of so many full sequences, within the share of memory; of two at least."""
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(model_path, trust_remote_code=False).get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * head_size * getattr(torch, dtype).itemsize
+    per_token = 2 * config.num_hidden_layers * heads * head_size * getattr(torch, dtype).itemsize
     per_sequence = (math.ceil(max_model_len / _BLOCK_TOKENS) + 1) * _BLOCK_TOKENS * per_token
     most = int(psutil.virtual_memory().total * _CPU_CACHE_SHARE)
-    return max(per_sequence * 2, min(per_sequence * (sequences + 1), most))
+    return max(2 * per_sequence, min((sequences + 1) * per_sequence, most))
+
+
+def _lora_settings(rank: int) -> dict[str, Any]:
+    report = "erpo_core.generation.vllm_worker.AdapterReport"
+    return {"enable_lora": True, "max_loras": 1, "max_lora_rank": _allowed_rank(rank), "worker_extension_cls": report}
 
 
 def _allowed_rank(rank: int) -> int:

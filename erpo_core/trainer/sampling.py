@@ -14,8 +14,6 @@ from erpo_core.generation.base import Engine
 from erpo_core.generation.snapshot import PolicySnapshot
 from erpo_core.generation.transformers import TransformersEngine
 
-_CPU_SEQUENCES = 64
-
 
 def make_sampler(args: Any, policy: Any, tokenizer: Any, *, num_processes: int = 1) -> Callable[[Any], Engine]:
     """A function that gives, for the policy, an engine with its current weights.
@@ -35,12 +33,11 @@ def make_sampler(args: Any, policy: Any, tokenizer: Any, *, num_processes: int =
         config._name_or_path,
         dtype=str(dtype).removeprefix("torch."),
         max_model_len=args.vllm_max_model_length or config.max_position_embeddings,
-        max_num_seqs=None if torch.cuda.is_available() else min(_CPU_SEQUENCES, args.generation_batch_size),
         max_lora_rank=policy.peft_config["default"].r,
         logps=True,
         gpu_memory_utilization=args.vllm_gpu_memory_utilization,
     )
-    return VLLMSampler(engine, dtype, Path(args.output_dir) / "vllm")
+    return VLLMSampler(engine, dtype, Path(args.output_dir) / ".vllm-adapters")
 
 
 class TransformersSampler:

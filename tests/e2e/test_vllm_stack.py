@@ -11,7 +11,7 @@ from service.client import ErpoClient
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.timeout(4000),
+    pytest.mark.timeout(1500),
     pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="`make test-vllm` installs vLLM"),
 ]
 SUMS = "reasoning-gym:chain_sum?min_terms=2&max_terms=2&min_digits=1&max_digits=1&size=16&seed=3"
@@ -59,7 +59,7 @@ def client(shared_stack):
 
 def evaluate(client, stack, model) -> dict:
     """The run of an evaluation through vLLM, its result and its answers, by problem and sample."""
-    job = client.evaluate(model=model, **EVALUATION).wait(timeout=3000)
+    job = client.evaluate(model=model, **EVALUATION).wait(timeout=600)
     assert job.status == "succeeded", stack.said()
     return outcome(client, job.run_id)
 
@@ -103,7 +103,7 @@ def test_the_base_model_is_evaluated_through_vllm(base, shared_stack):
 
 
 def test_an_adapter_is_trained_and_evaluated_through_vllm(client, shared_stack, base):
-    job = client.train(model="smollm2-135m", **TRAINING).wait(timeout=3000)
+    job = client.train(model="smollm2-135m", **TRAINING).wait(timeout=600)
     assert job.status == "succeeded", shared_stack.said()
     series = client.runs.metrics(job.run_id)["series"]
     assert series["sampling/logp_difference_mean"]["step"] == [1, 2]
@@ -116,11 +116,11 @@ def test_an_adapter_is_trained_and_evaluated_through_vllm(client, shared_stack, 
 
 def test_an_evaluation_whose_child_was_killed_ends_with_the_same_table(client, shared_stack, base):
     job = client.evaluate(model="smollm2-135m", **EVALUATION, job={"max_retries": 0})
-    wait_for(lambda: client.runs.completions(job.run_id)["data"], 3000, shared_stack)
+    wait_for(lambda: client.runs.completions(job.run_id)["data"], 600, shared_stack)
     attempts(shared_stack)[f"{job.id}:1"][0].kill()
     wait_for(lambda: job.refresh().is_terminal, 60, shared_stack)
     assert (job.status, job.data["status_reason"]) == ("failed", "child_killed")
     wait_for(lambda: not attempts(shared_stack), 20, shared_stack)
     assert 0 < len(client.runs.completions(job.run_id, limit=100)["data"]) < 32
-    assert job.retry().wait(timeout=3000).status == "succeeded", shared_stack.said()
+    assert job.retry().wait(timeout=600).status == "succeeded", shared_stack.said()
     assert outcome(client, job.run_id) == base
