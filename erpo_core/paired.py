@@ -4,8 +4,7 @@ The unit is the problem. Several outcomes of one problem are not independent: th
 """
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from statistics import NormalDist
 
 import numpy as np
@@ -16,29 +15,35 @@ _ENUMERATED_BITS = 13
 """Sign patterns of up to 13 problems are all counted."""
 
 
-@dataclass(frozen=True)
-class McNemar:
-    """2 x 2 counts of problems and the exact two-sided p-value of equal marginals."""
-
-    both: int
-    only_first: int
-    only_second: int
-    neither: int
-    p_value: float
-
-
-def mcnemar_exact(first: Sequence[bool], second: Sequence[bool]) -> McNemar:
-    """One outcome per problem and condition: the binomial test of the discordant pairs against 1/2.
+def mcnemar_exact(only_first: int, only_second: int) -> float:
+    """Two-sided exact p-value of McNemar's test: problems that only one of the two solves are fair coin flips.
 
     Raises:
-        ValueError: lengths differ.
+        ValueError: a negative count.
     """
-    a, b = np.asarray(first, dtype=bool), np.asarray(second, dtype=bool)
-    if a.shape != b.shape:
-        raise ValueError(f"mcnemar_exact: {a.size} and {b.size} outcomes")
-    left, right = int((a & ~b).sum()), int((~a & b).sum())
-    tail = sum(math.comb(left + right, i) for i in range(min(left, right) + 1)) / 2 ** (left + right)
-    return McNemar(int((a & b).sum()), left, right, int((~a & ~b).sum()), min(1.0, 2 * tail))
+    if min(only_first, only_second) < 0:
+        raise ValueError(f"mcnemar_exact: {only_first} and {only_second}")
+    flips = only_first + only_second
+    tail = sum(math.comb(flips, i) for i in range(min(only_first, only_second) + 1))
+    return min(1.0, 2 * tail / 2**flips)
+
+
+def sign_flip_exact(differences: Sequence[int]) -> float:
+    """Two-sided exact p-value of the paired permutation test: under "no difference" each sign is a fair coin flip.
+
+    With differences of -1, 0 and 1 this is McNemar's exact test.
+
+    Args:
+        differences: (P,) whole numbers, for example right answers of one model less those of the other.
+    """
+    sizes = np.abs(np.asarray(differences, dtype=np.int64))
+    reach, observed = int(sizes.sum()), abs(int(np.sum(differences, dtype=np.int64)))
+    chances = np.zeros(2 * reach + 1)  # chances[reach + s]: of the sum s
+    chances[reach] = 1.0
+    for size in sizes[sizes > 0]:
+        # What wraps around is 0: no sum lies beyond the reach.
+        chances = (np.roll(chances, size) + np.roll(chances, -size)) / 2
+    return min(1.0, float(chances[: reach - observed + 1].sum() + chances[reach + observed :].sum()))
 
 
 def sign_flip_test(differences: Sequence[float], *, resamples: int = 10_000, seed: int = 0) -> float:
@@ -65,27 +70,34 @@ def sign_flip_test(differences: Sequence[float], *, resamples: int = 10_000, see
     return (1 + extreme) / (1 + resamples)
 
 
-def holm(p_values: Mapping[str, float]) -> dict[str, float]:
-    """p-values adjusted for their number (Holm 1979), under the same names."""
-    adjusted, running = {}, 0.0
-    for index, name in enumerate(sorted(p_values, key=p_values.__getitem__)):
-        running = max(running, min(1.0, (len(p_values) - index) * p_values[name]))
-        adjusted[name] = running
-    return {name: adjusted[name] for name in p_values}
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Adjusted p-values of Holm (1979): rejecting those at most alpha keeps the chance of any false one at alpha."""
+    order = np.argsort(p_values, kind="stable")
+    adjusted, worst = [0.0] * len(p_values), 0.0
+    for rank, index in enumerate(order):
+        worst = max(worst, min(1.0, (len(p_values) - rank) * float(p_values[index])))
+        adjusted[index] = worst
+    return adjusted
 
 
-def paired_bootstrap(
-    first: Sequence[float], second: Sequence[float], *, confidence: float = 0.95, resamples: int = 10_000, seed: int = 0
-) -> tuple[float, float]:
-    """Percentile interval of mean(first - second), whole problems drawn with replacement.
+def paired_difference(
+    first: Sequence[float], second: Sequence[float], *, resamples: int = 10_000, seed: int = 0
+) -> dict[str, float]:
+    """Mean of ``second - first`` over problems, with a 95% bootstrap interval over problems.
+
+    Args:
+        first, second: (P,) one value for each problem, in the same order.
+        resamples: Draws of the bootstrap.
+        seed: Of those.
 
     Raises:
-        ValueError: lengths differ, or no problem.
+        ValueError: lengths differ, or there is no problem.
     """
-    a, b = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
-    if a.shape != b.shape:
-        raise ValueError(f"paired_bootstrap: {a.size} and {b.size} problems")
-    return bootstrap_interval(a - b, confidence=confidence, resamples=resamples, seed=seed)
+    if len(first) != len(second):
+        raise ValueError(f"paired_difference: {len(first)} and {len(second)} problems")
+    differences = np.subtract(second, first, dtype=np.float64)
+    low, high = bootstrap_interval(differences, resamples=resamples, seed=seed)
+    return {"value": float(differences.mean()), "low": low, "high": high}
 
 
 def minimum_detectable(differences: Sequence[float], *, alpha: float = 0.05, power: float = 0.8) -> float | None:

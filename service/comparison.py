@@ -4,9 +4,9 @@ from typing import Any
 
 from sqlalchemy.orm import Session
 
-from erpo_core.comparison import holm, mcnemar_exact, paired_difference, sign_flip_exact
 from erpo_core.errors import SpecError
 from erpo_core.evaluation_identity import differing_parts, model_of
+from erpo_core.paired import holm, mcnemar_exact, paired_difference, sign_flip_exact
 from erpo_core.passk import pass_at_k
 from service.db.problems import ProblemCounts, count_problems
 from service.evaluationview import Finished

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from erpo_core.paired import holm, mcnemar_exact, minimum_detectable, paired_bootstrap, sign_flip_test
+from erpo_core.paired import holm, mcnemar_exact, minimum_detectable, paired_difference, sign_flip_test
 from erpo_core.passk import bootstrap_interval
 from erpo_core.specs.perturbation import PerturbationSpec
 
@@ -66,22 +66,22 @@ def _contrasts(accuracy: dict[str, np.ndarray], single: bool, seed: int) -> list
         if first in accuracy and second in accuracy:
             contrast = _contrast(accuracy[first], accuracy[second], single, seed)
             found.append({"first": first, "second": second, "primary": index < _NUM_PRIMARY, **contrast})
-    adjusted = holm({f"{c['first']}-{c['second']}": c["p_value"] for c in found})
-    return [contrast | {"p_holm": adjusted[f"{contrast['first']}-{contrast['second']}"]} for contrast in found]
+    adjusted = holm([contrast["p_value"] for contrast in found])
+    return [contrast | {"p_holm": p_value} for contrast, p_value in zip(found, adjusted, strict=True)]
 
 
 def _contrast(first: np.ndarray, second: np.ndarray, single: bool, seed: int) -> dict[str, Any]:
-    low, high = paired_bootstrap(first, second, resamples=_RESAMPLES, seed=seed)
+    difference = paired_difference(second, first, resamples=_RESAMPLES, seed=seed)
     contrast = {
-        "difference": float((first - second).mean()),
-        "low": low,
-        "high": high,
+        "difference": difference["value"],
+        "low": difference["low"],
+        "high": difference["high"],
         "minimum_detectable": minimum_detectable(first - second),
     }
     if single:
-        test = mcnemar_exact(first > 0.5, second > 0.5)
-        table = [[test.both, test.only_first], [test.only_second, test.neither]]
-        return contrast | {"test": "mcnemar_exact", "p_value": test.p_value, "table": table}
+        a, b = first > 0.5, second > 0.5
+        table = [[int((x & y).sum()) for y in (b, ~b)] for x in (a, ~a)]
+        return contrast | {"test": "mcnemar_exact", "p_value": mcnemar_exact(table[0][1], table[1][0]), "table": table}
     return contrast | {"test": "sign_flip", "p_value": sign_flip_test(first - second, resamples=_RESAMPLES, seed=seed)}
 
 

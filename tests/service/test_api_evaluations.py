@@ -7,9 +7,9 @@ from db_rows import call, claim, finish, store, submit
 from sqlalchemy import select
 from test_api_records import undocumented
 
-from erpo_core.comparison import mcnemar_exact, sign_flip_exact
 from erpo_core.evaluation_identity import evaluation_identity
 from erpo_core.evaluation_summary import summarise
+from erpo_core.paired import mcnemar_exact, sign_flip_exact
 from erpo_core.records import Completions, Progress, Resolved, Result
 from erpo_core.rewards.verify import verifier_version
 from erpo_core.specs.evaluate import EvaluateSpec
