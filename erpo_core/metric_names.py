@@ -3,7 +3,8 @@
 METRICS: dict[str, str] = {
     "loss": "Loss of eqs. 4 and 5, summed over the step.",
     "reward": "Mean weighted reward.",
-    "reward_std": "Mean over groups of the rewards' standard deviation (Bessel).",
+    "reward_std": "Standard deviation of the rewards of all answers (Bessel), as TRL has it.",
+    "erpo/group_reward_std": "Mean over groups of the standard deviation inside a group (Bessel): that of eq. 3.",
     "entropy": "Mean entropy of the sampling distribution, nats a token.",
     "entropy/p05": "5th percentile of the token entropies.",
     "entropy/p50": "Their median.",

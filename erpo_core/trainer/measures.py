@@ -43,7 +43,8 @@ def count_groups(totals: Totals, rewards: Tensor, outcomes: Tensor, signals, mas
     right, wrong = (by_group > 0).all(1), (by_group <= 0).all(1)
     totals.add_values("reward", rewards[~rewards.isnan()])
     spread = rewards.view(-1, group_size).std(1)
-    totals.add_values("reward_std", spread[~spread.isnan()])
+    totals.add_values("erpo/group_reward_std", spread[~spread.isnan()])
+    totals.add_moments("reward_std", rewards[~rewards.isnan()])
     totals.add_values("erpo/frac_dead_groups", ~live)
     totals.add_values("erpo/frac_no_contrast", live & ~heard)
     totals.add_values("erpo/frac_all_right", right)
@@ -71,6 +72,7 @@ def step_metrics(totals: Totals, noise_floor: float) -> dict[str, float]:
     found = totals.means()
     for name in _MOMENTS:
         found[name] = totals.std(name)
+    found["reward_std"] = totals.std("reward_std", correction=1)
     found["erpo/progress_snr"] = 2 * found["erpo/progress_std"] / noise_floor
     lengths = [totals.mean(f"length/{side}") for side in ("right", "wrong")]
     found["completions/right_wrong_length_ratio"] = lengths[0] / lengths[1] if lengths[1] else float("nan")

@@ -62,10 +62,12 @@ class Totals:
         total, count = self._sums.get(name, (0.0, 0.0))
         return total / count if count else float("nan")
 
-    def std(self, name: str) -> float:
-        """Population standard deviation of what :meth:`add_moments` counted."""
-        mean = self.mean(name)
-        return max(self.mean(f"{name}^2") - mean**2, 0.0) ** 0.5 if mean == mean else mean
+    def std(self, name: str, *, correction: int = 0) -> float:
+        """Standard deviation of what :meth:`add_moments` counted, ``count - correction`` in the denominator."""
+        mean, count = self.mean(name), self._sums.get(name, (0.0, 0.0))[1]
+        if count <= correction:
+            return float("nan")
+        return (max(self.mean(f"{name}^2") - mean**2, 0.0) * count / (count - correction)) ** 0.5
 
     def means(self) -> dict[str, float]:
         """Every mean and every largest value."""

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from accelerate import DistributedType
 from torch import Tensor
-from torch.nn.functional import pad
 from trl import GRPOTrainer
 
 from erpo_core.advantages import ERPOSignals, erpo_advantages
@@ -30,6 +29,7 @@ from erpo_core.trainer.config import ERPOConfig
 from erpo_core.trainer.guards import SaveAtBoundaries, SkipNonFinite
 from erpo_core.trainer.noise import measure_noise
 from erpo_core.trainer.reference import Reference
+from erpo_core.trainer.rows import cut_columns, prompt_runs, spread_scores, stack_rows
 from erpo_core.trainer.sampler import EpochSampler
 from erpo_core.trainer.sampling import logp_differences, make_sampler
 from erpo_core.trainer.saving import WholeCheckpoints
@@ -120,7 +120,7 @@ class ERPOTrainer(WholeCheckpoints, GRPOTrainer):
         return self._buffered_inputs[self._step % self.args.steps_per_generation]
 
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, has_tool_images=False):
-        groups = _runs_of_equals(prompt_ids, num_generations)
+        groups = prompt_runs(prompt_ids, num_generations)
         with self._timed("generate"):
             found = self.sample([list(ids) for ids in prompt_ids[::groups]], groups, seed=self._generation_seed())
         samples = [sample for group in found for sample in group]
@@ -185,7 +185,7 @@ class ERPOTrainer(WholeCheckpoints, GRPOTrainer):
         batches = []
         for first in range(0, count, size):
             part = slice(first, first + size)
-            per_prompt = _runs_of_equals(prompt_ids[part], self.num_generations)
+            per_prompt = prompt_runs(prompt_ids[part], self.num_generations)
             rollouts = pad_rollouts(
                 prompt_ids[part][::per_prompt],
                 completion_ids[part],
@@ -260,11 +260,13 @@ class ERPOTrainer(WholeCheckpoints, GRPOTrainer):
 
     def _score_before_the_loss(self, batches: list[MicroBatch]) -> None:
         """``old`` of each: groups may lie across micro-batches and ranks."""
-        found = [_spread(self._score(self._policy, batch), batch.rollouts.mask) for batch in batches]
+        found = [spread_scores(self._score(self._policy, batch), batch.rollouts.mask) for batch in batches]
         masks = [batch.rollouts.mask for batch in batches]
         width = max(mask.shape[1] for mask in masks)
-        columns = [_stack([columns[name] for columns in found], width) for name in ("entropies", "logps", "ref_logps")]
-        mask, rewards = _stack(masks, width), torch.cat([batch.rewards for batch in batches])
+        columns = [
+            stack_rows([columns[name] for columns in found], width) for name in ("entropies", "logps", "ref_logps")
+        ]
+        mask, rewards = stack_rows(masks, width), torch.cat([batch.rewards for batch in batches])
         outcomes = torch.cat([batch.outcomes for batch in batches])
         if len(mask) % self.num_generations:
             *columns, whole, rewards, outcomes = (
@@ -275,7 +277,9 @@ class ERPOTrainer(WholeCheckpoints, GRPOTrainer):
             signals = self._signals(*columns, mask, rewards, outcomes)
         for batch, scores in zip(batches, found, strict=True):
             rows = slice(batch.first_row, batch.first_row + len(batch.rewards))
-            own = replace(signals, **{name: _cut(v[rows], batch.rollouts.mask) for name, v in vars(signals).items()})
+            own = replace(
+                signals, **{name: cut_columns(v[rows], batch.rollouts.mask) for name, v in vars(signals).items()}
+            )
             advantages = self._final(own, batch.rollouts.mask, scores["entropies"])
             batch.old = Scored(**scores, signals=own, advantages=advantages)
 
@@ -349,7 +353,7 @@ class ERPOTrainer(WholeCheckpoints, GRPOTrainer):
         batch, policy = inputs, self.accelerator.unwrap_model(model)
         mask = batch.rollouts.mask
         if batch.old is None:
-            columns = _spread(self._score(policy, batch), mask)
+            columns = spread_scores(self._score(policy, batch), mask)
             logps = columns["logps"]
             columns["logps"] = logps.detach()
             names = ("entropies", "logps", "ref_logps")
@@ -472,43 +476,6 @@ class ERPOTrainer(WholeCheckpoints, GRPOTrainer):
             raise ValueError(
                 f"distributed_type: {kind.value} shards the weights, which ERPOTrainer does not support; use DDP"
             )
-
-
-def _spread(scores: TokenScores, mask: Tensor) -> dict[str, Tensor]:
-    """The columns of :class:`Scored`, (B, T). Without a reference the policy stands for it."""
-    apart = scores.logps.detach()
-    columns = {
-        "logps": scores.logps,
-        "ref_logps": apart if scores.ref_logps is None else scores.ref_logps,
-        "entropies": scores.entropies,
-        "leverage_norms": scores.leverage_norms,
-        "kls": torch.zeros_like(apart) if scores.kls is None else scores.kls,
-    }
-    return {name: spread(values, mask) for name, values in columns.items()}
-
-
-def _stack(rows: list[Tensor], width: int) -> Tensor:
-    return torch.cat([pad(values, (0, width - values.shape[1])) for values in rows])
-
-
-def _cut(values: Tensor, like: Tensor) -> Tensor:
-    return values[:, : like.shape[1]] if values.ndim > 1 else values
-
-
-def _runs_of_equals(prompt_ids: list, num_generations: int) -> int:
-    """How many adjacent rows share a prompt: G, or what of a group lies on this rank or in this micro-batch."""
-    count = len(prompt_ids)
-    return num_generations if count % num_generations == 0 else _divisor(prompt_ids, num_generations)
-
-
-def _divisor(prompt_ids: list, num_generations: int) -> int:
-    """The largest run length that cuts the rows into runs of one prompt each."""
-    return next(
-        size
-        for size in range(min(len(prompt_ids), num_generations), 0, -1)
-        if len(prompt_ids) % size == 0
-        and all(prompt_ids[place] == prompt_ids[place - place % size] for place in range(len(prompt_ids)))
-    )
 
 
 def _text(completion: str | list[dict[str, str]]) -> str:

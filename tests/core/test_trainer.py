@@ -247,6 +247,41 @@ def test_a_run_reports_metrics_completions_traces_and_checkpoints(tiny, tmp_path
         assert np.abs(columns["advantage"]).max() > 0
 
 
+def test_numpy_rebuilds_every_signal_from_the_stored_traces(tiny, tmp_path):
+    """erpo-spec, eqs. 8-10, from the channels entropy and progress, A_i and the floor alone."""
+    records = train(tiny, tmp_path, max_steps=3, synthesis_weight=0.7, num_buckets=3)
+    groups = defaultdict(list)
+    for trace in records.by_kind["trace"]:
+        groups[trace.step, trace.meta["group"]].append(trace)
+    rebuilt = 0
+    for traces in groups.values():
+        rows = [decode_trace(trace.payload) for trace in traces]
+        a = np.concatenate([np.full(len(r["entropy"]), t.meta["advantage"]) for r, t in zip(rows, traces, strict=True)])
+        stored = {name: np.concatenate([r[name] for r in rows]).astype(float) for name in rows[0]}
+        known = traces[0].meta["group_stats"]
+        h, s = stored["entropy"], stored["progress"]
+        assert (h.mean(), h.std()) == pytest.approx((known["entropy_mean"], known["entropy_std"]), rel=1e-5)
+        gates = 1 / (1 + np.exp(-(h - known["entropy_mean"]) / (known["entropy_std"] + 1e-6)))
+        np.testing.assert_allclose(stored["gate"], gates, atol=1e-3)
+        buckets = np.concatenate([np.arange(len(r["entropy"])) * 3 // len(r["entropy"]) for r in rows])
+        z = np.zeros_like(s)
+        for bucket in range(3):
+            here = buckets == bucket
+            if here.sum() > 1 and s[here].std() > known["noise_floor"]:
+                z[here] = (s[here] - s[here].mean()) / (s[here].std() + 1e-6)
+        np.testing.assert_allclose(stored["normalized_progress"], z, atol=0.02)
+        if not a.any():
+            assert not stored["advantage"].any()
+            continue
+        psi = gates * np.sign(a) * z
+        psi = psi / (psi[a != 0].std() + 1e-6) if psi.any() else psi
+        np.testing.assert_allclose(stored["psi"], psi, atol=0.03)
+        combined = a + 0.7 * psi
+        np.testing.assert_allclose(stored["advantage"], (combined - combined.mean()) / combined.std(), atol=0.03)
+        rebuilt += bool(psi.any())
+    assert rebuilt
+
+
 def test_the_first_step_of_a_fresh_adapter_has_no_progress_and_is_grpo(tiny, tmp_path):
     erpo = train(tiny, tmp_path / "erpo", max_steps=1)
     grpo = train(tiny, tmp_path / "grpo", max_steps=1, algorithm="grpo")

@@ -1,0 +1,100 @@
+"""With A_i for every token and the same settings our step is TRL's own: the same update to rounding."""
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import GRPOConfig, GRPOTrainer
+
+from erpo_core import ERPOConfig, ERPOTrainer
+from erpo_core.generation.base import Sample
+from tiny_model import make_tiny_model
+
+G = 4
+SETTINGS = {
+    "num_generations": G,
+    "max_completion_length": 12,
+    "max_steps": 1,
+    "learning_rate": 1.0,
+    "optim": "sgd",
+    "lr_scheduler_type": "constant",
+    "warmup_steps": 0,
+    "weight_decay": 0.0,
+    "max_grad_norm": 1e9,
+    "temperature": 0.9,
+    "beta": 0.1,
+    "epsilon": 0.2,
+    "bf16": False,
+    "disable_dropout": True,
+    "use_bias_correction_kl": False,
+    "gradient_checkpointing": False,
+    "save_strategy": "no",
+    "report_to": "none",
+    "use_cpu": True,
+    "disable_tqdm": True,
+    "seed": 3,
+}
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return make_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+def reward(completion_ids, **_):
+    return [float(sum(ids) % 3 == 0) + 0.25 * (ids[0] % 2) for ids in completion_ids]
+
+
+def answers(prompt_ids) -> list[list[int]]:
+    """By the prompt and the place in its group, of unequal lengths."""
+    found = []
+    for row, ids in enumerate(prompt_ids):
+        generator = torch.Generator().manual_seed(sum(ids) * 10 + row % G)
+        length = 1 + int(torch.randint(9, (1,), generator=generator))
+        found.append([*torch.randint(3, 250, (length,), generator=generator).tolist(), 2])
+    return found
+
+
+class FixedTrl(GRPOTrainer):
+    def _generate_single_turn(self, prompt_ids, *args, **kwargs):
+        return answers(prompt_ids), None
+
+
+class FixedOurs(ERPOTrainer):
+    def _generate_single_turn(self, prompt_ids, *args, **kwargs):
+        found = answers(prompt_ids)
+        self._samples = [Sample(ids, True) for ids in found]
+        return found, None
+
+
+def trained(cls, config, model, tiny) -> tuple[dict[str, torch.Tensor], dict]:
+    trainer = cls(
+        model=model,
+        reward_funcs=reward,
+        args=config,
+        train_dataset=Dataset.from_dict({"prompt": [f"{a}+{a}=" for a in range(12)]}),
+        processing_class=AutoTokenizer.from_pretrained(tiny),
+        peft_config=LoraConfig(r=4, target_modules="all-linear"),
+    )
+    before = {n: p.detach().clone() for n, p in trainer.model.named_parameters() if p.requires_grad}
+    trainer.train()
+    moved = {n: p.detach() - before[n] for n, p in trainer.model.named_parameters() if p.requires_grad}
+    return moved, next(entry for entry in trainer.state.log_history if "reward" in entry)
+
+
+@pytest.mark.parametrize(
+    ("loss_type", "micro_batch"),
+    [("dapo", 8), ("grpo", 8), pytest.param("bnpo", 16, id="bnpo, which depends on what shares a micro-batch")],
+)
+def test_grpo_is_trls_grpo(tiny, tmp_path, loss_type, micro_batch):
+    layout = {"per_device_train_batch_size": micro_batch, "gradient_accumulation_steps": 16 // micro_batch}
+    settings = SETTINGS | layout | {"loss_type": loss_type}
+    models = [AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32) for _ in range(2)]
+    ours, logged = trained(FixedOurs, ERPOConfig(str(tmp_path), algorithm="grpo", **settings), models[0], tiny)
+    theirs, told = trained(FixedTrl, GRPOConfig(str(tmp_path), **settings), models[1], tiny)
+    assert max(change.abs().max() for change in theirs.values()) > 1e-3
+    for name, change in theirs.items():
+        torch.testing.assert_close(ours[name], change, atol=1e-5, rtol=1e-4)
+    for name in ("reward", "reward_std", "entropy", "kl", "completions/mean_length"):
+        assert logged[name] == pytest.approx(told[name], rel=1e-4, abs=1e-5), name
