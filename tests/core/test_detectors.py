@@ -90,7 +90,7 @@ def test_any_range_of_a_trace_is_that_range_of_its_columns(size, start, end):
 
 
 def test_a_range_reads_only_the_blocks_that_hold_it():
-    blob = encode_trace(columns(40 * BLOCK_TOKENS))
+    blob = encode_trace(columns(200 * BLOCK_TOKENS))
     reads = []
 
     def read(offset, length):

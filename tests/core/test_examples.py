@@ -9,7 +9,7 @@ import pytest
 from erpo_core.specs import parse_spec
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-BODIES = sorted(EXAMPLES.glob("*.json"))
+BODIES = sorted(EXAMPLES.glob("qwen*.json"))
 PAPERS = [f"qwen2.5-{size}-{algorithm}" for size in ("1.5b", "3b", "7b") for algorithm in ("erpo", "grpo", "sft")]
 
 
@@ -27,6 +27,10 @@ def test_a_body_is_valid_is_what_its_name_says_and_keeps_the_papers_defaults(pat
     assert spec.prompt.template == "qwen-boxed"
     assert spec.dataset.endswith("?level=3-5")
     assert spec.model_fields_set <= {"algorithm", "model", "dataset", "prompt", "gradient_checkpointing", "job"}
+
+
+def test_the_perturbation_that_is_told_of_can_be_ordered_again():
+    parse_spec("perturbation", json.loads((EXAMPLES / "perturbation_smollm2.json").read_text()))
 
 
 def test_the_script_trains_and_saves_an_adapter_that_loads(tmp_path):
