@@ -81,6 +81,11 @@ class Attempt:
             )
         self._is_running = True
 
+    def drop_checkpoint(self, step: int) -> None:
+        """Go back to the checkpoint before a damaged one."""
+        with self._write() as session:
+            claims.drop_checkpoint(session, self.claim.job_id, self.claim.attempt, step)
+
     def append_log(self, data: bytes) -> None:
         """Store a piece of the log; what is beyond the job's bound is dropped."""
         try:

@@ -5,10 +5,12 @@ from typing import Any
 
 from sqlalchemy.orm import Session
 
+from erpo_core.checkpoints import is_whole
 from erpo_core.errors import UnknownReferenceError
 from erpo_core.job import JobInputs, ModelInput
 from service.db import jobs, runs, traces
 from service.db.claims import KEEPS_ANSWERS, Claim
+from service.db.measured import Checkpoint
 from service.settings import Settings
 
 _DEPTH = 32
@@ -71,11 +73,21 @@ def _reward(checkpoint) -> float:
     return float("-inf") if reward is None else reward
 
 
+def damaged_checkpoint(session: Session, claim: Claim) -> int | None:
+    """The step of the checkpoint that a training would resume from, if its files are not as they were written."""
+    newest = _newest_checkpoint(session, claim)
+    return newest.step if newest is not None and not is_whole(Path(newest.path)) else None
+
+
 def _resume_from(session: Session, claim: Claim) -> Path | None:
+    newest = _newest_checkpoint(session, claim)
+    return None if newest is None else _existing(Path(newest.path))
+
+
+def _newest_checkpoint(session: Session, claim: Claim) -> Checkpoint | None:
     if claim.kind != "train":
         return None
-    found = sorted(runs.list_checkpoints(session, claim.run_id), key=lambda row: row.step)
-    return _existing(Path(found[-1].path)) if found else None
+    return max(runs.list_checkpoints(session, claim.run_id), key=lambda row: row.step, default=None)
 
 
 def _existing(folder: Path) -> Path:

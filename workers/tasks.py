@@ -11,7 +11,7 @@ from service.settings import Settings
 from workers import claims
 from workers.claims import Attempt
 from workers.outcome import Outcome
-from workers.resolve import resolve_inputs
+from workers.resolve import damaged_checkpoint, resolve_inputs
 from workers.supervisor import CHILD_COMMAND, Supervisor, write_job_file
 
 log = logging.getLogger(__name__)
@@ -84,6 +84,11 @@ class Desk:
         log.info("%s: %s", attempt.mark, outcome or "lost")
 
     def _supervise(self, attempt: Attempt, claim: Claim) -> Outcome | None:
+        with claims.waitable(), self._database.read() as session:
+            damaged = damaged_checkpoint(session, claim)
+        if damaged is not None:
+            attempt.drop_checkpoint(damaged)
+            return self._supervise(attempt, claim)
         with claims.waitable(), self._database.read() as session:
             inputs = resolve_inputs(session, claim, self._settings)
         job_file = write_job_file(inputs, claim.kind, claim.spec)

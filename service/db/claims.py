@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
-from sqlalchemy import func, select
+from sqlalchemy import delete, func, select
 from sqlalchemy.orm import Session
 
 from erpo_core.errors import FencedError, NotFoundError
@@ -129,6 +129,19 @@ def own_job(s: Session, job_id: str, attempt: int) -> Job:
     if job.attempt != attempt or job.status not in ACTIVE:
         raise FencedError(f"{job_id} is {job.status} at attempt {job.attempt}, not {attempt}", state=job.status)
     return job
+
+
+def drop_checkpoint(s: Session, job_id: str, attempt: int, step: int) -> None:
+    """Forget a checkpoint whose files are damaged, and go back to the one before.
+
+    Raises:
+        FencedError: the attempt does not own the job any more.
+    """
+    job = own_job(s, job_id, attempt)
+    s.execute(delete(Checkpoint).where(Checkpoint.run_id == job.run_id, Checkpoint.step == step))
+    message = f"the checkpoint of step {step} is damaged and is passed over"
+    append_event(s, job, "checkpoint.damaged", message, level="warn", data={"step": step})
+    _rewind(s, job)
 
 
 def heartbeat(s: Session, job_id: str, attempt: int, lease_seconds: float) -> str | None:

@@ -15,6 +15,7 @@ import sys
 import time
 from pathlib import Path
 
+from erpo_core.checkpoints import manifest_files, publish
 from erpo_core.errors import RunError
 from erpo_core.job import JobInputs
 from erpo_core.records import Checkpoint, Ended, Metrics
@@ -40,10 +41,11 @@ class Script:
             self.channel.emit(Metrics(step, {"reward": step / 10}))
 
     def checkpoint(self, step: int) -> None:
-        folder = self.inputs.work_dir / f"step-{step}"
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "weights.txt").write_text(str(step))
-        self.channel.emit(Checkpoint(step, str(folder), [{"name": "weights.txt", "bytes": 2, "sha256": "0" * 64}]))
+        folder, written = self.inputs.work_dir / f"step-{step}", self.inputs.work_dir / "saving"
+        written.mkdir(parents=True)
+        (written / "weights.txt").write_text(str(step))
+        publish(written, folder, step)
+        self.channel.emit(Checkpoint(step, str(folder), manifest_files(folder)))
 
     def print(self, text: str) -> None:
         print(text, flush=True)

@@ -5,14 +5,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from erpo_core.checkpoints import publish
 from erpo_core.codec import encode_trace
 from erpo_core.errors import UnknownReferenceError
 from erpo_core.job import JobInputs, ModelInput
 from erpo_core.records import Checkpoint, Completions, Trace
-from service.db import claims, traces
+from service.db import claims, runs, traces
 from service.db.jobs import create_job
 from service.db.records import apply_records
-from workers.resolve import resolve_inputs, resolve_model
+from workers.resolve import damaged_checkpoint, resolve_inputs, resolve_model
 
 
 def train(session, settings, model="tiny", rewards=(0.1, 0.9, 0.4), **spec):
@@ -85,6 +86,21 @@ def test_training_resumes_from_its_newest_checkpoint_in_a_folder_of_its_own(data
     assert inputs.work_dir != first.work_dir
     assert inputs.work_dir.name == "attempt-2"
     assert JobInputs.from_json(inputs.to_json()) == inputs
+
+
+def test_a_training_goes_back_behind_a_damaged_checkpoint(database, settings):
+    with database.write() as session:
+        claim = train(session, settings)
+        folders = {row.step: Path(row.path) for row in runs.list_checkpoints(session, claim.run_id)}
+        for step in (10, 20):
+            (folders[step].parent / "new").mkdir()
+            publish(folders[step].parent / "new", folders[step], step)
+        assert damaged_checkpoint(session, claim) == 30, "it has no manifest"
+        claims.drop_checkpoint(session, claim.job_id, 1, 30)
+        assert damaged_checkpoint(session, claim) is None
+        assert resolve_inputs(session, claim, settings).resume_from == folders[20]
+        (folders[20] / "manifest.json").write_text('{"files": [{"name": "gone", "sha256": ""}]}')
+        assert damaged_checkpoint(session, claim) == 20
 
 
 def test_an_evaluation_is_told_which_answers_are_stored(database, settings):
