@@ -105,13 +105,17 @@ def run_training(spec: GrpoTrainSpec, inputs: JobInputs, sink: Sink, stop: Stop)
         if spec.preflight and inputs.resume_from is None:
             run_preflight(trainer, sink, stop)
         output = trainer.train(resume_from_checkpoint=str(inputs.resume_from) if inputs.resume_from else None)
-    done = trainer.state.global_step
+    return report_end(sink, records, trainer.state, output.training_loss, started)
+
+
+def report_end(sink: Sink, records: RecordCallback, state: Any, loss: float, started: float) -> dict[str, Any]:
+    """The summary of a training, emitted as its result; ``stopped`` is true where it was asked to leave early."""
     summary = {
-        "steps": done,
-        "stopped": records.stopped and done < trainer.state.max_steps,
+        "steps": state.global_step,
+        "stopped": records.stopped and state.global_step < state.max_steps,
         "tokens": records.tokens,
         "seconds": time.monotonic() - started,
-        "train_loss": output.training_loss,
+        "train_loss": loss,
         "final": records.summary(),
     }
     sink.emit(Result(summary))

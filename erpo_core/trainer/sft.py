@@ -10,12 +10,12 @@ from trl import SFTConfig, SFTTrainer
 
 from erpo_core.job import JobInputs, Stop
 from erpo_core.models import load_policy
-from erpo_core.records import Progress, Resolved, Result, Sink
+from erpo_core.records import Progress, Resolved, Sink
 from erpo_core.specs.train import SftTrainSpec
 from erpo_core.trainer.callbacks import RecordCallback
 from erpo_core.trainer.data import load_training_problems, make_solution_dataset, report_dropped
 from erpo_core.trainer.guards import SkipNonFinite
-from erpo_core.trainer.run import described, lora_config, wants_bf16
+from erpo_core.trainer.run import described, lora_config, report_end, wants_bf16
 from erpo_core.trainer.saving import WholeCheckpoints
 from erpo_core.trainer.state import RunState
 
@@ -125,17 +125,7 @@ def run_sft(spec: SftTrainSpec, inputs: JobInputs, sink: Sink, stop: Stop) -> di
     config = {name: getattr(args, name) for name in PASSED_THROUGH}
     sink.emit(Resolved(described(spec, config, info, problems, dataset)))
     output = trainer.train(resume_from_checkpoint=str(inputs.resume_from) if inputs.resume_from else None)
-    done = trainer.state.global_step
-    summary = {
-        "steps": done,
-        "stopped": records.stopped and done < trainer.state.max_steps,
-        "tokens": records.tokens,
-        "seconds": time.monotonic() - started,
-        "train_loss": output.training_loss,
-        "final": records.summary(),
-    }
-    sink.emit(Result(summary))
-    return summary
+    return report_end(sink, records, trainer.state, output.training_loss, started)
 
 
 def make_sft_config(spec: SftTrainSpec, output_dir: Path, *, bf16: bool) -> SolutionConfig:
