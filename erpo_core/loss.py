@@ -91,7 +91,7 @@ def erpo_loss(
     Args:
         logps: (B, T), with gradient.
         old_logps: (B, T), of the policy that sampled; equal to ``logps`` in value where the step is on-policy.
-        ref_logps: (B, T) or None where ``beta`` is 0.
+        ref_logps: (B, T), or None where no reference was scored.
         advantages: (B, T), constants.
         weights: (B, T), see :func:`response_weights`; 0 where a token does not count.
     """

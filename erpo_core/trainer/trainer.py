@@ -367,7 +367,7 @@ class ERPOTrainer(WholeCheckpoints, GRPOTrainer):
         terms = erpo_loss(
             logps,
             scored.logps,
-            scored.ref_logps if self.beta else None,
+            scored.ref_logps if self._needs_reference else None,
             scored.advantages,
             batch.weights[:, None] * mask,
             epsilon=self.args.epsilon,
