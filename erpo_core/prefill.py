@@ -22,10 +22,6 @@ class PaddedPrompts:
     shared: int
     """Leading columns that are the same tokens in every row, 0 if they are not worth a call of their own."""
 
-    def row(self, index: int) -> "PaddedPrompts":
-        """One prompt by itself."""
-        return PaddedPrompts(self.ids[index : index + 1], self.mask[index : index + 1], 0)
-
 
 def pad_prompts(prompts: Sequence[Sequence[int]], pad_id: int, device: torch.device | str) -> PaddedPrompts:
     """Raises ValueError for an empty prompt."""

@@ -418,7 +418,8 @@ class ERPOTrainer(WholeCheckpoints, GRPOTrainer):
         measures.count_batch(self._totals, batch, scored, terms)
         apart = logp_differences(batch.engine_logps, scored.logps, batch.rollouts.mask)
         self._totals.add_values("sampling/logp_difference_mean", apart)
-        self._totals.peak("sampling/logp_difference_max", apart.max().item() if len(apart) else float("nan"))
+        if len(apart):
+            self._totals.peak("sampling/logp_difference_max", apart.max().item())
         whole = len(batch.rewards) % self.num_generations == 0
         if whole and self.args.algorithm == "erpo":
             applied = scored.advantages.masked_fill(terms.clipped_low | terms.clipped_high, 0.0)
