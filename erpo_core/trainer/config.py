@@ -8,6 +8,7 @@ from trl import GRPOConfig
 ALGORITHMS = ("erpo", "grpo")
 SCORING_DTYPES = ("auto", "float32", "bfloat16")
 LOSS_TYPES = ("erpo", "dapo", "bnpo", "grpo")
+VLLM_MODES = ("colocate", "server")
 
 
 @dataclass
@@ -76,7 +77,6 @@ class ERPOConfig(GRPOConfig):
             ("scale_rewards", "group", "ERPO's group advantage is eq. 3"),
             ("use_liger_kernel", False, "the head is scored by erpo_core.logits"),
             ("sync_ref_model", False, "the reference is the policy that training started from"),
-            ("vllm_mode", "colocate", "vLLM runs beside the trainer"),
             ("vllm_tensor_parallel_size", 1, "vLLM shares the trainer's device"),
             ("vllm_enable_sleep_mode", False, "vLLM keeps its share of the memory"),
             ("vllm_importance_sampling_correction", False, "the difference of the log-probs is logged, not corrected"),
@@ -106,6 +106,8 @@ class ERPOConfig(GRPOConfig):
             raise ValueError(f"top_entropy_quantile: {self.top_entropy_quantile!r} is not above 0 and at most 1")
         if self.entropy_stats not in ("group", "ema"):
             raise ValueError(f"entropy_stats: {self.entropy_stats!r} is none of group, ema")
+        if self.vllm_mode not in VLLM_MODES:
+            raise ValueError(f"vllm_mode: {self.vllm_mode!r} is none of {', '.join(VLLM_MODES)}")
         if self.algorithm not in ALGORITHMS:
             raise ValueError(f"algorithm: {self.algorithm!r} is none of {', '.join(ALGORITHMS)}")
         if self.loss_type not in LOSS_TYPES:

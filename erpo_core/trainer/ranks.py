@@ -10,6 +10,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from erpo_core.advantages import ERPOSignals
+from erpo_core.trainer.sharding import is_sharded
 from erpo_core.trainer.totals import Totals
 
 
@@ -39,11 +40,16 @@ def local_signals(accelerator: Accelerator, signals: ERPOSignals, mask: Tensor) 
 def sum_gradients(accelerator: Accelerator, model: torch.nn.Module) -> None:
     """The gradients of all ranks, added up in place: the loss's weights are those of the whole step already.
 
-    The model is called below DDP's wrapper, which therefore reduces nothing by itself.
+    The model is called below DDP's wrapper, which therefore reduces nothing by itself; FSDP2 gives the ranks' mean.
     """
     if accelerator.num_processes == 1:
         return
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if is_sharded(model):
+        for parameter in parameters:
+            if parameter.grad is not None:
+                parameter.grad *= accelerator.num_processes
+        return
     for parameter in parameters:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)

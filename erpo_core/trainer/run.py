@@ -58,6 +58,7 @@ PASSED_THROUGH = (
     "use_vllm",
     "vllm_gpu_memory_utilization",
     "vllm_mode",
+    "vllm_server_base_url",
     "warmup_steps",
     "weight_decay",
 )

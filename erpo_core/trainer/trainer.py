@@ -41,11 +41,14 @@ from erpo_core.trainer.scoring import (
     score_rollouts,
     spread,
 )
+from erpo_core.trainer.sharding import ShardedWeights, is_sharded
 from erpo_core.trainer.state import RunState
 from erpo_core.trainer.totals import Totals
 
+_LAYOUTS = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.FSDP)
 
-class ERPOTrainer(WholeCheckpoints, GRPOTrainer):
+
+class ERPOTrainer(ShardedWeights, WholeCheckpoints, GRPOTrainer):
     """Used as TRL's GRPOTrainer is: same constructor, same data set format; ``args`` is an :class:`ERPOConfig`.
 
     Raises:
@@ -84,9 +87,7 @@ class ERPOTrainer(WholeCheckpoints, GRPOTrainer):
         self.beta = args.beta
         self._check_layout()
         self._reference = Reference(self._policy)
-        self._engine_of = make_sampler(
-            args, self._policy, self.processing_class, num_processes=self.accelerator.num_processes
-        )
+        self._engine_of = make_sampler(args, self._policy, self.processing_class, self.accelerator)
         self._scores_in_float32 = self._resolve_scoring_dtype() == "float32"
         self.add_callback(SkipNonFinite(self))
         self.add_callback(SaveAtBoundaries())
@@ -344,7 +345,8 @@ class ERPOTrainer(WholeCheckpoints, GRPOTrainer):
         self._noise_step = self.state.global_step
         group = rollouts.part(0, rollouts.num_generations)
         count = int(group.mask.sum())
-        noise = measure_noise(lambda part: self._scores(policy, part).logps, group, logps[:count]) if count else 0.0
+        in_step = is_sharded(policy)
+        noise = measure_noise(lambda part: self._scores(policy, part).logps, group, logps[:count], in_step=in_step)
         self.run_state.noise = self.args.progress_scale * ranks.mean_of(self.accelerator, noise)
 
     # --- loss
@@ -473,10 +475,8 @@ class ERPOTrainer(WholeCheckpoints, GRPOTrainer):
                 f"gradient_accumulation_steps ({window}), so that a generation holds whole optimizer steps"
             )
         kind = self.accelerator.distributed_type
-        if kind not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
-            raise ValueError(
-                f"distributed_type: {kind.value} shards the weights, which ERPOTrainer does not support; use DDP"
-            )
+        if kind not in _LAYOUTS:
+            raise ValueError(f"distributed_type: ERPOTrainer does not support {kind.value}; use DDP or FSDP2")
 
 
 def _text(completion: str | list[dict[str, str]]) -> str:
