@@ -13,7 +13,7 @@ from accelerate import DistributedType
 from torch import Tensor
 from trl import GRPOTrainer
 
-from erpo_core.loss import LossTerms, erpo_loss
+from erpo_core.loss import LossTerms, erpo_loss, importance_ratios
 from erpo_core.packing import packed_attention, supports_packing
 from erpo_core.trainer import measures, ranks
 from erpo_core.trainer.batches import MicroBatch, Scored, TraceGroup
@@ -22,7 +22,7 @@ from erpo_core.trainer.credit import TokenCredit
 from erpo_core.trainer.guards import SaveAtBoundaries, SkipNonFinite
 from erpo_core.trainer.reference import Reference
 from erpo_core.trainer.rollouts import SampledAnswers
-from erpo_core.trainer.sampling import logp_differences, make_sampler
+from erpo_core.trainer.sampling import make_sampler
 from erpo_core.trainer.saving import WholeCheckpoints
 from erpo_core.trainer.scoring import body_of, spread
 from erpo_core.trainer.state import RunState
@@ -90,21 +90,37 @@ class ERPOTrainer(WholeCheckpoints, SampledAnswers, TokenCredit, GRPOTrainer):
             scored = batch.old
             with self._deterministic(policy), self._timed("forward"):
                 logps = spread(self._scores(policy, batch.rollouts).logps, mask)
+        advantages = self._corrected(scored, batch)
         terms = erpo_loss(
             logps,
             scored.logps,
             scored.ref_logps if self._needs_reference else None,
-            scored.advantages,
+            advantages,
             batch.weights[:, None] * mask,
             epsilon=self.args.epsilon,
             epsilon_high=self.args.epsilon if self.args.epsilon_high is None else self.args.epsilon_high,
             beta=self.beta,
         )
         batch.last_scored = scored
-        self._record(batch, scored, terms)
+        self._record(batch, scored, terms, advantages)
         if self.args.gradient_checkpointing and supports_packing(body_of(policy)):
             self._until_backward.enter_context(packed_attention(policy.config))
         return terms.loss
+
+    def _corrected(self, scored: Scored, batch: MicroBatch) -> Tensor:
+        """(B, T) advantages, times how much more likely the trainer has each token than the engine that sampled it."""
+        args = self.args
+        if not args.vllm_importance_sampling_correction:
+            return scored.advantages
+        ratios, clipped = importance_ratios(
+            scored.logps,
+            batch.engine_logps,
+            mode=args.vllm_importance_sampling_mode,
+            clip_min=args.vllm_importance_sampling_clip_min,
+            clip_max=args.vllm_importance_sampling_clip_max,
+        )
+        measures.count_ratios(self._totals, ratios[batch.rollouts.mask], clipped[batch.rollouts.mask])
+        return scored.advantages * ratios
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         """One micro-batch. At the end of an optimizer step the ranks' gradients and statistics come together."""
@@ -140,15 +156,12 @@ class ERPOTrainer(WholeCheckpoints, SampledAnswers, TokenCredit, GRPOTrainer):
             self._seconds.clear()
         super().log(logs, start_time)
 
-    def _record(self, batch: MicroBatch, scored: Scored, terms: LossTerms) -> None:
+    def _record(self, batch: MicroBatch, scored: Scored, terms: LossTerms, advantages: Tensor) -> None:
         measures.count_batch(self._totals, batch, scored, terms)
-        apart = logp_differences(batch.engine_logps, scored.logps, batch.rollouts.mask)
-        self._totals.add_values("sampling/logp_difference_mean", apart)
-        if len(apart):
-            self._totals.peak("sampling/logp_difference_max", apart.max().item())
+        measures.count_engine(self._totals, batch, scored)
         whole = len(batch.rewards) % self.num_generations == 0
         if whole and self.args.algorithm == "erpo":
-            applied = scored.advantages.masked_fill(terms.clipped_low | terms.clipped_high, 0.0)
+            applied = advantages.masked_fill(terms.clipped_low | terms.clipped_high, 0.0)
             live = measures.live_groups(scored.signals.advantages, self.num_generations)
             measures.count_invariants(
                 self._totals, "_applied", applied, live, batch.rollouts.mask, self.num_generations
