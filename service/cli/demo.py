@@ -116,7 +116,7 @@ def training_spec(steps: int) -> dict[str, Any]:
         "model": MODEL,
         "dataset": TRAINING_SET,
         "prompt": prompt_spec(),
-        # Few steps: more prompts in each, and less weight on the progress signal, learn faster (docs/algorithm.md).
+        # docs/algorithm.md tells of the sweep that eta comes from.
         "num_generations": 4,
         "generation_batch_size": 32,
         "synthesis_weight": 0.1,
