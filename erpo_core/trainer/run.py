@@ -2,11 +2,9 @@
 
 import math
 import os
-import platform
 import time
 from contextlib import AbstractContextManager
 from dataclasses import fields
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +21,7 @@ from erpo_core.specs.train import BaseTrainSpec, ErpoTrainSpec, GrpoTrainSpec
 from erpo_core.trainer.callbacks import RecordCallback
 from erpo_core.trainer.config import ERPOConfig
 from erpo_core.trainer.data import load_training_problems, make_dataset, report_dropped, with_completion_length
+from erpo_core.trainer.environment import environment
 from erpo_core.trainer.preflight import run_preflight
 from erpo_core.trainer.trainer import ERPOTrainer
 
@@ -70,7 +69,6 @@ PASSED_THROUGH = (
 """Fields that mean the same in TrainSpec and ERPOConfig."""
 ERPO_ONLY = tuple(sorted(set(ErpoTrainSpec.model_fields) - set(GrpoTrainSpec.model_fields)))
 """Fields of the algorithm ERPO alone; they pass through as well."""
-_VERSIONS = ("torch", "transformers", "trl", "peft", "accelerate")
 
 
 def run_training(spec: GrpoTrainSpec, inputs: JobInputs, sink: Sink, stop: Stop) -> dict[str, Any]:
@@ -199,8 +197,6 @@ def described(
         "config": config,
         "model": info,
         "dataset": {"ref": spec.dataset, "digest": problems_digest(problems), "num_problems": len(dataset)},
-        "versions": {name: version(name) for name in _VERSIONS} | {"python": platform.python_version()},
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU ({platform.machine()})",
-        "num_threads": torch.get_num_threads(),
         "seed": spec.seed,
+        **environment(),
     }
