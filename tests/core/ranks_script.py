@@ -1,4 +1,4 @@
-"""One process of a distributed training: ``ranks_script.py MODEL OUT LAYOUT`` writes the weights after some steps.
+"""One process of a distributed training: a run with MODEL OUT LAYOUT writes the weights after some steps.
 
 Layout: ``per_device,accumulation,steps_per_generation,loss_type``. Every layout samples and rewards the same way: the
 answers come from a fixed table, so that only the split over ranks and micro-batches differs.
@@ -6,10 +6,10 @@ answers come from a fixed table, so that only the split over ranks and micro-bat
 
 import json
 import os
-import sys
 
 import torch
 from datasets import Dataset
+from forked import serve
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -43,6 +43,7 @@ def reward(completion_ids, **_):
 
 
 def main(model: str, out: str, layout: str) -> None:
+    os.makedirs(out, exist_ok=True)
     per_device, accumulation, steps_per_generation, loss_type, entropy_stats = layout.split(",")
     args = ERPOConfig(
         out,
@@ -83,5 +84,4 @@ def main(model: str, out: str, layout: str) -> None:
 
 
 if __name__ == "__main__":
-    os.makedirs(sys.argv[2], exist_ok=True)
-    main(*sys.argv[1:])
+    serve(main)
