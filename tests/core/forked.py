@@ -1,9 +1,8 @@
-"""Scripts that load their libraries once and fork for each run: loading takes longer than what the runs compute."""
+"""A script that loads its libraries once and forks for each run: loading takes longer than what a run computes."""
 
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import traceback
@@ -14,32 +13,20 @@ ROOT = Path(__file__).parents[2]
 
 
 def serve(main: Callable[..., None]) -> None:
-    """For each line of the input, the arguments of one run and the environment of each of its processes: fork them.
-
-    Its output is a line a run: how each process ended, as ``subprocess`` has it.
-    """
+    """Call ``main`` in a process of its own with the arguments of each line, and answer how that process ended."""
     for line in sys.stdin:
-        arguments, environments = json.loads(line)
-        processes = [_start(main, arguments, environment) for environment in environments]
-        ends = [os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in processes]
-        print(json.dumps(ends), flush=True)
+        run = os.fork() or _run(main, json.loads(line))
+        print(os.waitstatus_to_exitcode(os.waitpid(run, 0)[1]), flush=True)
 
 
-def _start(main: Callable[..., None], arguments: list[str], environment: dict[str, str]) -> int:
-    process = os.fork()
-    if process:
-        return process
+def _run(main: Callable[..., None], arguments: list[str]) -> None:
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-    os.environ.update(environment)
-    code = 1
     try:
         main(*arguments)
-        code = 0
+        os._exit(0)
     except BaseException:
         traceback.print_exc()
-    finally:
-        sys.stderr.flush()
-        os._exit(code)
+        os._exit(1)
 
 
 class Forked:
@@ -47,17 +34,16 @@ class Forked:
 
     Args:
         folder: for its log.
-        num_threads: of torch, in each process of a run.
+        num_threads: of torch, in each run.
     """
 
     def __init__(self, script: Path, folder: Path, *, num_threads: int = 1) -> None:
-        environment = os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
-        environment["OMP_NUM_THREADS"] = str(num_threads)
+        own = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(num_threads), "CUDA_VISIBLE_DEVICES": ""}
         self._log = folder / "log"
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
                 [sys.executable, str(script)],
-                env=environment,
+                env=os.environ | own,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
@@ -72,24 +58,15 @@ class Forked:
         os.killpg(self._process.pid, signal.SIGKILL)
         self._process.communicate()
 
-    def run(self, *arguments: str, num_ranks: int = 1) -> list[int]:
-        """How each process ended of ``main(*arguments)``: one, or the ranks of ``torch.distributed``."""
-        environments = [{}] if num_ranks == 1 else _ranks(num_ranks)
-        self._process.stdin.write(json.dumps([arguments, environments]) + "\n")
+    def run(self, *arguments: str) -> int:
+        """How ``main`` ended: 0, 1 for an exception, a negative signal."""
+        self._process.stdin.write(json.dumps(arguments) + "\n")
         self._process.stdin.flush()
-        told = self._process.stdout.readline()
-        assert told, self.log
-        return json.loads(told)
+        ended = self._process.stdout.readline()
+        assert ended, self.log
+        return int(ended)
 
     @property
     def log(self) -> str:
         """The end of what the script and its runs said."""
         return self._log.read_text(errors="replace")[-3000:]
-
-
-def _ranks(number: int) -> list[dict[str, str]]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(number)}
-    return [meeting | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(number)]

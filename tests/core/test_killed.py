@@ -26,7 +26,7 @@ def whole(tiny, tmp_path_factory):
     """The training that nobody kills, by another interpreter."""
     out = tmp_path_factory.mktemp("whole")
     with Forked(SCRIPT, tmp_path_factory.mktemp("log"), num_threads=2) as script:
-        assert script.run(str(tiny), str(out)) == [0], script.log
+        assert script.run(str(tiny), str(out)) == 0, script.log
     return out
 
 
@@ -51,10 +51,10 @@ def metrics(out: Path) -> dict[int, dict]:
 )
 def test_a_killed_training_ends_as_if_it_had_never_been(tiny, tmp_path, whole, mortal, deaths):
     for death in deaths:
-        assert mortal.run(str(tiny), str(tmp_path), death) == [-signal.SIGKILL], (death, mortal.log)
+        assert mortal.run(str(tiny), str(tmp_path), death) == -signal.SIGKILL, (death, mortal.log)
         left = checkpoints.list_steps(tmp_path)
         assert all(checkpoints.is_whole(checkpoints.checkpoint_folder(tmp_path, step)) for step in left)
-    assert mortal.run(str(tiny), str(tmp_path)) == [0], mortal.log
+    assert mortal.run(str(tiny), str(tmp_path)) == 0, mortal.log
     one, two = (torch.load(out / "end.pt", weights_only=True) for out in (whole, tmp_path))
     assert all(torch.equal(weight, two["weights"][name]) for name, weight in one["weights"].items())
     for index, state in one["optimizer"].items():
