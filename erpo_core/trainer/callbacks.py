@@ -22,7 +22,7 @@ _SUMMARY_STEPS = 10
 class RecordCallback(TrainerCallback):
     """Reports each step to a sink. :meth:`attach` it to its trainer before training."""
 
-    def __init__(self, sink: Sink, stop: Stop, accuracy, origin: dict[str, Any]) -> None:
+    def __init__(self, sink: Sink, stop: Stop, origin: dict[str, Any]) -> None:
         self.trainer = None
         self.last: dict[str, float] = {}
         self.tokens = 0
@@ -30,7 +30,7 @@ class RecordCallback(TrainerCallback):
         """Did somebody ask the training to leave before its end?"""
         self._recent: deque[dict[str, float]] = deque(maxlen=_SUMMARY_STEPS)
         self._skipped = 0
-        self._sink, self._stop, self._accuracy, self._origin = sink, stop, accuracy, origin
+        self._sink, self._stop, self._origin = sink, stop, origin
         self._started = time.monotonic()
         self._step_started = self._started
         self._first_step = 0
@@ -116,7 +116,7 @@ class RecordCallback(TrainerCallback):
         }
 
     def _verdicts(self, batches: list) -> dict[str, float]:
-        verdicts = Counter(self._accuracy.last_verdicts if self._accuracy and batches else ())
+        verdicts = Counter(verdict for batch in batches for verdict in batch.verdicts or ())
         return {f"verdict/{name}": verdicts[name] / verdicts.total() for name in Verdict} if verdicts else {}
 
 

@@ -30,6 +30,7 @@ PASSED_THROUGH = (
     "advantage_clip",
     "algorithm",
     "beta",
+    "dynamic_sampling",
     "epsilon",
     "epsilon_high",
     "generation_batch_size",
@@ -39,6 +40,7 @@ PASSED_THROUGH = (
     "lr_scheduler_type",
     "max_completion_length",
     "max_grad_norm",
+    "max_resample_rounds",
     "max_skipped_steps",
     "max_steps",
     "num_generations",
@@ -57,6 +59,10 @@ PASSED_THROUGH = (
     "trace_groups",
     "use_vllm",
     "vllm_gpu_memory_utilization",
+    "vllm_importance_sampling_clip_max",
+    "vllm_importance_sampling_clip_min",
+    "vllm_importance_sampling_correction",
+    "vllm_importance_sampling_mode",
     "vllm_mode",
     "warmup_steps",
     "weight_decay",
@@ -86,9 +92,8 @@ def run_training(spec: GrpoTrainSpec, inputs: JobInputs, sink: Sink, stop: Stop)
     args = make_config(spec, inputs.work_dir / "checkpoints", bf16=wants_bf16(spec))
     with Verifier() as verifier:
         functions = reward_functions(spec.rewards, verifier)
-        accuracy = next((f for f in functions if hasattr(f, "last_verdicts")), None)
         origin = {name: info[name] for name in ("model_digest", "adapter_digest", "tokenizer_digest", "dtype")}
-        records = RecordCallback(sink, stop, accuracy, origin | {"head_dtype": "float32"})
+        records = RecordCallback(sink, stop, origin | {"head_dtype": "float32"})
         trainer = ERPOTrainer(
             model=model,
             reward_funcs=functions,
