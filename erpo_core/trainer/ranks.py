@@ -49,14 +49,15 @@ def gather_list(accelerator: Accelerator, values: list) -> list:
 def sum_gradients(accelerator: Accelerator, model: torch.nn.Module) -> None:
     """The gradients of all ranks, added up in place: the loss's weights are those of the whole step already.
 
-    The model is called below DDP's wrapper, which therefore reduces nothing by itself.
+    The model is called below DDP's wrapper, which therefore reduces nothing by itself. Where no answer reached a
+    parameter its gradient is 0, not absent: the optimizer's moments go on.
     """
-    if accelerator.num_processes == 1:
-        return
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in parameters:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
+    if accelerator.num_processes == 1:
+        return
     for dtype in {parameter.grad.dtype for parameter in parameters}:
         gradients = [parameter.grad for parameter in parameters if parameter.grad.dtype == dtype]
         flat = torch.cat([gradient.flatten() for gradient in gradients])

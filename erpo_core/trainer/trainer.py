@@ -24,7 +24,7 @@ from erpo_core.trainer.reference import Reference
 from erpo_core.trainer.rollouts import SampledAnswers
 from erpo_core.trainer.sampling import make_sampler
 from erpo_core.trainer.saving import WholeCheckpoints
-from erpo_core.trainer.scoring import body_of, spread
+from erpo_core.trainer.scoring import body_of
 from erpo_core.trainer.state import RunState
 from erpo_core.trainer.totals import Totals
 
@@ -87,9 +87,7 @@ class ERPOTrainer(WholeCheckpoints, SampledAnswers, TokenCredit, GRPOTrainer):
         if batch.old is None:
             logps, scored = self._score_in_the_loss(policy, batch)
         else:
-            scored = batch.old
-            with self._deterministic(policy), self._timed("forward"):
-                logps = spread(self._scores(policy, batch.rollouts).logps, mask)
+            logps, scored = self._score_again(policy, batch), batch.old
         advantages = self._corrected(scored, batch)
         terms = erpo_loss(
             logps,
@@ -105,7 +103,8 @@ class ERPOTrainer(WholeCheckpoints, SampledAnswers, TokenCredit, GRPOTrainer):
         self._record(batch, scored, terms, advantages)
         if self.args.gradient_checkpointing and supports_packing(body_of(policy)):
             self._until_backward.enter_context(packed_attention(policy.config))
-        return terms.loss
+        # Nothing to differentiate where every group is dead.
+        return terms.loss if terms.loss.requires_grad else terms.loss.requires_grad_()
 
     def _corrected(self, scored: Scored, batch: MicroBatch) -> Tensor:
         """(B, T) advantages, times how much more likely the trainer has each token than the engine that sampled it."""
