@@ -36,6 +36,16 @@ def local_signals(accelerator: Accelerator, signals: ERPOSignals, mask: Tensor) 
     return replace(signals, **{name: local_rows(accelerator, v, mask) for name, v in vars(signals).items()})
 
 
+def local_slice(accelerator: Accelerator, count: int) -> slice:
+    """Where this rank's rows lie among all, each rank having ``count``."""
+    return slice(accelerator.process_index * count, (accelerator.process_index + 1) * count)
+
+
+def gather_list(accelerator: Accelerator, values: list) -> list:
+    """The picklable things of all ranks, rank by rank."""
+    return values if accelerator.num_processes == 1 else gather_object(values)
+
+
 def sum_gradients(accelerator: Accelerator, model: torch.nn.Module) -> None:
     """The gradients of all ranks, added up in place: the loss's weights are those of the whole step already.
 

@@ -1,7 +1,7 @@
 """One process of a distributed training: ``ranks_script.py MODEL OUT LAYOUT`` writes the weights after some steps.
 
-Layout: ``per_device,accumulation,steps_per_generation,loss_type``. Every layout samples and rewards the same way: the
-answers come from a fixed table, so that only the split over ranks and micro-batches differs.
+Layout: ``per_device,accumulation,steps_per_generation,loss_type,entropy_stats[,dynamic]``. Every layout samples and
+rewards the same way: the answers come from a fixed table, so that only the split over ranks and micro-batches differs.
 """
 
 import json
@@ -42,8 +42,14 @@ def reward(completion_ids, **_):
     return [float(sum(ids) % 3 == 0) + 0.5 * (ids[0] % 2) for ids in completion_ids]
 
 
+def reward_of_every_other_prompt(completion_ids, prompts, **_):
+    """The answers to the others are all worth nothing."""
+    rewards = zip(prompts, reward(completion_ids), strict=True)
+    return [value if ord(prompt[0]) % 2 else 0.0 for prompt, value in rewards]
+
+
 def main(model: str, out: str, layout: str) -> None:
-    per_device, accumulation, steps_per_generation, loss_type, entropy_stats = layout.split(",")
+    per_device, accumulation, steps_per_generation, loss_type, entropy_stats, *dynamic = layout.split(",")
     args = ERPOConfig(
         out,
         num_generations=G,
@@ -65,10 +71,11 @@ def main(model: str, out: str, layout: str) -> None:
         use_cpu=True,
         disable_tqdm=True,
         shuffle_dataset=False,
+        dynamic_sampling=bool(dynamic),
     )
     trainer = FixedAnswers(
         model=AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32),
-        reward_funcs=reward,
+        reward_funcs=reward_of_every_other_prompt if dynamic else reward,
         args=args,
         train_dataset=Dataset.from_dict({"prompt": [chr(65 + i) + "=" * (i % 3) for i in range(3 * PROMPTS)]}),
         processing_class=AutoTokenizer.from_pretrained(model),

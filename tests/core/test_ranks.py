@@ -93,3 +93,22 @@ def test_a_group_that_spans_the_ranks_has_the_advantages_of_the_whole_group(tiny
         torch.testing.assert_close(weight, found[name], atol=1e-5, rtol=1e-5)
     assert [entry["reward"] for entry in logs] == [entry["reward"] for entry in again]
     assert logs[2]["erpo/progress_std"] == pytest.approx(again[2]["erpo/progress_std"], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("num_ranks", "size"),
+    [
+        pytest.param(2, 2, id="one group, which spans the ranks"),
+        pytest.param(3, 4, id="ranks that share the new answers unevenly"),
+    ],
+)
+def test_dead_groups_give_way_to_the_same_prompts_on_every_rank(tiny, tmp_path, num_ranks, size):
+    weights, logs = train(tiny, tmp_path / "one", 1, f"{num_ranks * size},1,1,erpo,group,dynamic")
+    found, again = train(tiny, tmp_path / "many", num_ranks, f"{size},1,1,erpo,group,dynamic")
+    for name, weight in weights.items():
+        torch.testing.assert_close(weight, found[name], atol=1e-5, rtol=1e-5)
+    assert max(entry["sampling/resample_rounds"] for entry in logs) > 0
+    for one, two in zip(logs, again, strict=True):
+        for name in ("reward", "sampling/resample_rounds", "sampling/skipped_prompts", "sampling/resampled_tokens"):
+            assert one[name] == pytest.approx(two[name]), name
+        assert one["completions/max_length"] == two["completions/max_length"]
