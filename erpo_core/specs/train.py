@@ -94,7 +94,22 @@ class GrpoTrainSpec(BaseTrainSpec):
     )
     vllm_gpu_memory_utilization: float = Field(0.3, gt=0, lt=1, description="vLLM's share of a GPU's memory.")
 
+    vllm_importance_sampling_correction: bool = Field(
+        False, description="Weigh each token's loss by how much more likely the trainer has it than vLLM had."
+    )
+    vllm_importance_sampling_mode: Literal["token_truncate", "token_mask"] = Field(
+        "token_truncate", description="A ratio outside the bounds: put at its bound, or at 0."
+    )
+    vllm_importance_sampling_clip_min: float | None = Field(None, ge=0, le=1, description="Lower bound of the ratio.")
+    vllm_importance_sampling_clip_max: float | None = Field(3.0, ge=1, description="Upper bound of the ratio.")
+
     num_iterations: int = Field(1, ge=1, le=16, description="Optimizer passes over each generation batch.")
+    dynamic_sampling: bool = Field(
+        False, description="Prompts whose answers all have one reward give way to others, as in DAPO."
+    )
+    max_resample_rounds: int = Field(
+        3, ge=1, le=100, description="Rounds of `dynamic_sampling` at most; what is dead then stays."
+    )
 
     epsilon: float = Field(0.2, gt=0, lt=1, description="Clip range of the ratio.")
     epsilon_high: float | None = Field(None, gt=0, lt=10, description="Upper clip range; `epsilon` if absent.")
@@ -147,11 +162,29 @@ class GrpoTrainSpec(BaseTrainSpec):
             raise ValueError(
                 "vllm_server_base_url: goes with `use_vllm: true` and `vllm_mode: server`; write all three, or none"
             )
+        self._check_correction()
         if self.use_vllm and self.lora is None:
             raise ValueError(
                 "use_vllm: vLLM is sent LoRA adapters at each step, not every weight; keep `lora`, or write false"
             )
         return self
+
+    def _check_correction(self) -> None:
+        if not self.vllm_importance_sampling_correction:
+            return
+        if not self.use_vllm:
+            raise ValueError("vllm_importance_sampling_correction: only with use_vllm; write false, or use_vllm true")
+        if self.top_p < 1 or self.top_k > 0:
+            field = "top_p" if self.top_p < 1 else "top_k"
+            raise ValueError(
+                f"{field}: vLLM gives log-probabilities of the whole distribution alone; for "
+                f"vllm_importance_sampling_correction write {'1' if field == 'top_p' else '0'}"
+            )
+        if self.vllm_mode == "server" and self.temperature != 1:
+            raise ValueError(
+                "temperature: a vLLM server gives log-probabilities at temperature 1 alone; for "
+                "vllm_importance_sampling_correction write 1"
+            )
 
     @property
     def prompt_room(self) -> int:

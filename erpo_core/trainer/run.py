@@ -2,11 +2,9 @@
 
 import math
 import os
-import platform
 import time
 from contextlib import AbstractContextManager
 from dataclasses import fields
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +21,7 @@ from erpo_core.specs.train import BaseTrainSpec, ErpoTrainSpec, GrpoTrainSpec
 from erpo_core.trainer.callbacks import RecordCallback
 from erpo_core.trainer.config import ERPOConfig
 from erpo_core.trainer.data import load_training_problems, make_dataset, report_dropped, with_completion_length
+from erpo_core.trainer.environment import environment
 from erpo_core.trainer.preflight import run_preflight
 from erpo_core.trainer.trainer import ERPOTrainer
 
@@ -30,6 +29,7 @@ PASSED_THROUGH = (
     "advantage_clip",
     "algorithm",
     "beta",
+    "dynamic_sampling",
     "epsilon",
     "epsilon_high",
     "generation_batch_size",
@@ -39,6 +39,7 @@ PASSED_THROUGH = (
     "lr_scheduler_type",
     "max_completion_length",
     "max_grad_norm",
+    "max_resample_rounds",
     "max_skipped_steps",
     "max_steps",
     "num_generations",
@@ -57,6 +58,10 @@ PASSED_THROUGH = (
     "trace_groups",
     "use_vllm",
     "vllm_gpu_memory_utilization",
+    "vllm_importance_sampling_clip_max",
+    "vllm_importance_sampling_clip_min",
+    "vllm_importance_sampling_correction",
+    "vllm_importance_sampling_mode",
     "vllm_mode",
     "vllm_server_base_url",
     "warmup_steps",
@@ -65,7 +70,6 @@ PASSED_THROUGH = (
 """Fields that mean the same in TrainSpec and ERPOConfig."""
 ERPO_ONLY = tuple(sorted(set(ErpoTrainSpec.model_fields) - set(GrpoTrainSpec.model_fields)))
 """Fields of the algorithm ERPO alone; they pass through as well."""
-_VERSIONS = ("torch", "transformers", "trl", "peft", "accelerate")
 
 
 def run_training(spec: GrpoTrainSpec, inputs: JobInputs, sink: Sink, stop: Stop) -> dict[str, Any]:
@@ -87,9 +91,8 @@ def run_training(spec: GrpoTrainSpec, inputs: JobInputs, sink: Sink, stop: Stop)
     args = make_config(spec, inputs.work_dir / "checkpoints", bf16=wants_bf16(spec))
     with Verifier() as verifier:
         functions = reward_functions(spec.rewards, verifier)
-        accuracy = next((f for f in functions if hasattr(f, "last_verdicts")), None)
         origin = {name: info[name] for name in ("model_digest", "adapter_digest", "tokenizer_digest", "dtype")}
-        records = RecordCallback(sink, stop, accuracy, origin | {"head_dtype": "float32"})
+        records = RecordCallback(sink, stop, origin | {"head_dtype": "float32"})
         trainer = ERPOTrainer(
             model=model,
             reward_funcs=functions,
@@ -195,8 +198,6 @@ def described(
         "config": config,
         "model": info,
         "dataset": {"ref": spec.dataset, "digest": problems_digest(problems), "num_problems": len(dataset)},
-        "versions": {name: version(name) for name in _VERSIONS} | {"python": platform.python_version()},
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU ({platform.machine()})",
-        "num_threads": torch.get_num_threads(),
         "seed": spec.seed,
+        **environment(),
     }

@@ -253,13 +253,3 @@ def _check_policy(policy: Any) -> None:
         raise ValueError("use_vllm: vLLM is sent LoRA adapters, not whole weights; give a peft_config")
     if not policy.config._name_or_path:
         raise ValueError("use_vllm: vLLM loads the base by its name; load the model with from_pretrained")
-
-
-def logp_differences(engine_logps: list[list[float] | None], logps: Tensor, mask: Tensor) -> Tensor:
-    """|engine - trainer| of the sampled tokens, (n,), over the answers that the engine gave log-probabilities for."""
-    found = [
-        (logps[row, : len(given)].detach().cpu() - torch.tensor(given)).abs()[mask[row, : len(given)].cpu()]
-        for row, given in enumerate(engine_logps)
-        if given is not None
-    ]
-    return torch.cat(found) if found else torch.empty(0)

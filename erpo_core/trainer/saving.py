@@ -10,6 +10,7 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from erpo_core import checkpoints
 from erpo_core.errors import RunError
+from erpo_core.trainer.environment import differences, environment
 from erpo_core.trainer.reference import Reference
 from erpo_core.trainer.sharding import is_sharded, load_sharded_state, whole_state, whole_weights
 from erpo_core.trainer.state import RunState
@@ -28,6 +29,8 @@ class WholeCheckpoints:
     run_state: RunState
     removed_checkpoints: list[int]
     """Steps whose checkpoints made room for later ones; whoever reports them empties it."""
+    changed_environment: dict[str, tuple[Any, Any]]
+    """{name: (at the checkpoint, now)} of libraries, device and threads, where a run resumed from another one."""
     _reference: Reference
     _policy: Any
 
@@ -42,6 +45,8 @@ class WholeCheckpoints:
             folder = checkpoints.newest_whole(Path(self.args.output_dir))
         elif folder and not checkpoints.is_whole(Path(folder)):
             raise RunError(f"the checkpoint {Path(folder).name} is damaged", code="checkpoint_damaged")
+        self.changed_environment = {}
+        self.run_state.environment = environment()
         self.run_state.base_fingerprint = self._reference.fingerprint(self._policy)
         if folder and self.is_fsdp_enabled:
             self._load_whole_weights(str(folder))
@@ -111,7 +116,9 @@ class WholeCheckpoints:
         else:
             super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
-            self.run_state = RunState.load(Path(checkpoint))
+            now, self.run_state = self.run_state.environment, RunState.load(Path(checkpoint))
+            self.changed_environment = differences(self.run_state.environment, now)
+            self.run_state.environment = now
             self._check_base()
 
     def _check_base(self) -> None:

@@ -3,7 +3,7 @@
 # N = active tokens, G = responses a group, B = responses, T = completion tokens, H = hidden size
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any
 
@@ -47,6 +47,12 @@ class Rollouts:
     def row(self) -> PackedRow:
         """All of it as one row."""
         return pack(self.prompts, self.answers, self.completion_ids.device)
+
+    def of_groups(self, kept: Tensor) -> "Rollouts":
+        """Those of the prompts where ``kept``, (prompts,) bool, is true."""
+        rows = kept.repeat_interleave(self.num_generations)
+        prompts = tuple(prompt for prompt, keep in zip(self.prompts, kept.tolist(), strict=True) if keep)
+        return Rollouts(prompts, self.completion_ids[rows], self.mask[rows])
 
     def part(self, start: int, end: int) -> "Rollouts":
         """Responses ``start`` to ``end``: some of one group, or whole groups."""
@@ -133,6 +139,18 @@ def score_rollouts(
         return tuple(vars(found).values())
 
     return TokenScores(*inside(model, scores))
+
+
+def merge_scores(kept: TokenScores, others: TokenScores, where_N: Tensor) -> TokenScores:
+    """Scores of all tokens from those where ``where_N`` (N,) bool is true and those where it is not, both in order."""
+    order_N = torch.empty_like(where_N, dtype=torch.long)
+    order_N[where_N.logical_not().argsort(stable=True)] = torch.arange(len(where_N), device=where_N.device)
+
+    def merged(one: Tensor | None, two: Tensor | None) -> Tensor | None:
+        return None if one is None else torch.cat([one, two]).index_select(0, order_N)
+
+    names = [field.name for field in fields(TokenScores)]
+    return TokenScores(**{name: merged(getattr(kept, name), getattr(others, name)) for name in names})
 
 
 def _score_head(head, hidden_NH: Tensor, targets_N: Tensor, temperature: float, reference) -> TokenScores:

@@ -118,7 +118,7 @@ def run_sft(spec: SftTrainSpec, inputs: JobInputs, sink: Sink, stop: Stop) -> di
     dataset, dropped = make_solution_dataset(tokenizer, problems, spec)
     report_dropped(sink, dropped, len(dataset) + dropped, "are too long with their solution")
     args = make_sft_config(spec, inputs.work_dir / "checkpoints", bf16=wants_bf16(spec))
-    records = SolutionRecords(sink, stop, None, {})
+    records = SolutionRecords(sink, stop, {})
     trainer = SolutionTrainer(
         model=model,
         args=args,

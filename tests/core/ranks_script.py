@@ -51,6 +51,15 @@ def half_judged(completion_ids, **_):
     return [float(sum(ids) % 3 == 0) if ids in judged else None for ids in completion_ids]
 
 
+def reward_of_every_other_prompt(completion_ids, prompts, **_):
+    """The answers to the others are all worth nothing."""
+    rewards = zip(prompts, reward(completion_ids), strict=True)
+    return [value if ord(prompt[0]) % 2 else 0.0 for prompt, value in rewards]
+
+
+REWARDS = {"all": reward, "half": half_judged, "every other prompt": reward_of_every_other_prompt}
+
+
 def policy(folder: str, tuning: str):
     """``lora`` (the trainer adds it), ``full``, or ``warm``: an adapter that was trained before, which makes the
     reference an adapter as well."""
@@ -61,10 +70,10 @@ def policy(folder: str, tuning: str):
     return get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
 
 
-def trainer_of(kind: type[ERPOTrainer], model: str, prompts: list[str], *, tuning: str, unjudged=False, **settings):
+def trainer_of(kind: type[ERPOTrainer], model: str, prompts: list[str], *, tuning: str, judged="all", **settings):
     return kind(
         model=policy(model, tuning),
-        reward_funcs=half_judged if unjudged else reward,
+        reward_funcs=REWARDS[judged],
         args=ERPOConfig(
             num_generations=G,
             warmup_steps=0,

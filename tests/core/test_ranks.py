@@ -50,14 +50,18 @@ def an_sft(name: str, lora: dict | None, **hardware) -> dict:
 
 
 TWO = {"num_gpus": 2}
+DEAD = {"judged": "every other prompt", "dynamic_sampling": True}
 CASES = {
     "one": [
         an_update("adapter", "16,1,1,erpo,group"),
         an_update("adapter, ema", "16,1,1,erpo,ema"),
         an_update("every weight", "16,1,1,erpo,group", tuning="full"),
         an_update("trained adapter", "16,1,1,erpo,ema", tuning="warm"),
-        an_update("unjudged", "4,1,1,erpo,group", unjudged=True),
+        an_update("unjudged", "4,1,1,erpo,group", judged="half"),
+        an_update("dead groups, no KL term", "16,1,1,erpo,group", judged="every other prompt", beta=0.0),
         an_update("one group", "4,1,1,erpo,group"),
+        an_update("dead groups", "4,1,1,erpo,group", **DEAD),
+        an_update("dead groups of twelve", "12,1,1,erpo,group", **DEAD),
         an_update("micro-batches", "2,8,8,erpo,group"),
         an_sft("sft", LORA),
         an_sft("sft, every weight", None),
@@ -67,20 +71,24 @@ CASES = {
         an_update("micro-batches, ema", "4,2,2,erpo,ema"),
         an_update("groups over micro-batches", "2,4,4,erpo,group"),
         an_update("a group over the ranks", "2,1,1,erpo,group"),
+        an_update("dead groups", "2,1,1,erpo,group", **DEAD),
         an_sft("sft", LORA, strategy="ddp", **TWO),
     ],
+    "three": [an_update("dead groups of twelve", "4,1,1,erpo,group", **DEAD)],
     "fsdp2": [
         an_update("whole groups", "8,1,1,erpo,group"),
         an_update("groups over micro-batches", "2,4,4,erpo,group"),
         an_update("every weight", "4,2,2,erpo,group", tuning="full", gradient_checkpointing=True),
         an_update("trained adapter", "4,2,2,erpo,ema", tuning="warm"),
-        an_update("unjudged", "2,1,1,erpo,group", unjudged=True),
+        an_update("unjudged", "2,1,1,erpo,group", judged="half"),
+        an_update("dead groups, no KL term", "8,1,1,erpo,group", judged="every other prompt", beta=0.0),
         {"name": "resume", "kind": "resume"},
         {"name": "resume, every weight", "kind": "resume", "tuning": "full"},
         an_sft("sft, every weight", None, strategy="fsdp2", **TWO),
     ],
 }
 """What is run, in one launch for each strategy."""
+LAUNCHERS = {"one": [], "ddp": launcher("ddp", 2), "three": launcher("ddp", 3), "fsdp2": launcher("fsdp2", 2)}
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +115,7 @@ def launched(tiny, data_root, tmp_path_factory):
             done[strategy] = tmp_path_factory.mktemp(strategy)
             more = {"sft": {"data_root": str(data_root)}}
             cases = [case | more.get(case["kind"], {}) for case in CASES[strategy]]
-            launch = [] if strategy == "one" else launcher(strategy, 2)
+            launch = LAUNCHERS[strategy]
             command = [sys.executable, *launch, str(SCRIPT), str(tiny), str(done[strategy]), json.dumps(cases)]
             environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
             run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=800, check=False)
@@ -134,6 +142,7 @@ def result(folder: Path) -> tuple[dict[str, torch.Tensor], list[dict], bool]:
         ("every weight", "fsdp2", "every weight"),
         ("trained adapter", "fsdp2", "trained adapter"),
         ("unjudged", "fsdp2", "unjudged"),
+        ("dead groups, no KL term", "fsdp2", "dead groups, no KL term"),
     ],
 )
 def test_one_update_whatever_the_ranks_and_the_shards(launched, tiny, whole, strategy, split):
@@ -162,6 +171,24 @@ def test_a_group_that_spans_the_ranks_has_the_advantages_of_the_whole_group(laun
     same_weights(weights, found)
     assert [entry["reward"] for entry in logs] == [entry["reward"] for entry in again]
     assert logs[2]["erpo/progress_std"] == pytest.approx(again[2]["erpo/progress_std"], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "case"),
+    [
+        pytest.param("ddp", "dead groups", id="one group, which spans the ranks"),
+        pytest.param("three", "dead groups of twelve", id="ranks that share the new answers unevenly"),
+    ],
+)
+def test_dead_groups_give_way_to_the_same_prompts_on_every_rank(launched, strategy, case):
+    weights, logs, _ = result(launched("one") / case)
+    found, again, _ = result(launched(strategy) / case)
+    same_weights(weights, found)
+    assert max(entry["sampling/resample_rounds"] for entry in logs) > 0
+    for one, two in zip(logs, again, strict=True):
+        for name in ("reward", "sampling/resample_rounds", "sampling/skipped_prompts", "sampling/resampled_tokens"):
+            assert one[name] == pytest.approx(two[name]), name
+        assert one["completions/max_length"] == two["completions/max_length"]
 
 
 @pytest.mark.parametrize("case", ["resume", "resume, every weight"])

@@ -11,7 +11,7 @@ from erpo_core.generation.vllm import VLLMEngine
 from erpo_core.models import load_model
 from erpo_core.specs import parse_spec
 from erpo_core.trainer.config import ERPOConfig
-from erpo_core.trainer.sampling import logp_differences, make_sampler
+from erpo_core.trainer.sampling import make_sampler
 from tiny_model import make_tiny_model
 
 
@@ -40,16 +40,9 @@ def test_training_every_weight_with_vllm_is_refused(tmp_path):
         ("vllm_tensor_parallel_size", 2),
         ("vllm_enable_sleep_mode", True),
         ("vllm_importance_sampling_correction", True),
+        ("vllm_importance_sampling_mode", "sequence_mask"),
     ],
 )
 def test_an_option_of_trls_vllm_that_does_nothing_here_is_refused(name, value):
     with pytest.raises(ValueError, match=name):
         ERPOConfig("out", use_cpu=True, **{name: value})
-
-
-def test_log_probs_are_compared_on_the_tokens_that_count_and_that_the_engine_scored():
-    logps = torch.tensor([[-1.0, -2.0, 0.0], [-1.0, -1.0, -3.0], [-4.0, -4.0, -4.0]])
-    mask = torch.tensor([[True, True, False], [True, True, True], [False, False, False]])
-    given = [[-1.5, -2.0], None, [-9.0, -9.0, -9.0]]
-    assert logp_differences(given, logps, mask).tolist() == [0.5, 0.0]
-    assert logp_differences([None, None, None], logps, mask).tolist() == []

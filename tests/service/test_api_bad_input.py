@@ -78,6 +78,7 @@ def names(body: dict, pointer: str, mend: str) -> None:
 
 
 SERVER = {"use_vllm": True, "vllm_mode": "server"}
+SERVED = SERVER | {"vllm_server_base_url": "http://gpu-7:8000"}
 TRAININGS = [
     ({"model": "nope"}, "/model", "smollm2-135m"),
     ({"model": ""}, "/model", "at least 1 character"),
@@ -130,6 +131,7 @@ TRAININGS = [
     (SERVER | {"vllm_server_base_url": "http://169.254.169.254"}, "/vllm_server_base_url", "http://gpu-7:8000"),
     (SERVER | {"vllm_server_base_url": "http://gpu-7:8000@evil"}, "/vllm_server_base_url", "^https?"),
     (SERVER | {"vllm_server_base_url": "http://gpu-7:8000/../x"}, "/vllm_server_base_url", "^https?"),
+    (SERVED | {"vllm_importance_sampling_correction": True, "temperature": 0.7}, "/temperature", "write 1"),
     ({"hardware": {"strategy": "fsdp"}}, "/hardware/strategy", "'fsdp2'"),
     ({"hardware": {"num_gpus": 2}}, "/hardware/strategy", "write one"),
     ({"hardware": {"num_gpus": 1, "strategy": "fsdp2"}}, "/hardware/strategy", "2 or more"),
@@ -187,8 +189,7 @@ def test_a_wrong_evaluation_is_refused(refusing, change, pointer, mend):
 
 
 def test_a_server_that_the_operator_has_named_is_taken(refusing):
-    change = SERVER | {"vllm_server_base_url": "http://gpu-7:8000"}
-    assert refusing.post("/jobs/train", json=TRAIN | change, params={"dry_run": True}).status_code == 200
+    assert refusing.post("/jobs/train", json=TRAIN | SERVED, params={"dry_run": True}).status_code == 200
 
 
 def test_every_wrong_field_is_named_at_once(refusing):

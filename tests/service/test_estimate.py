@@ -102,6 +102,8 @@ def test_the_papers_setting_on_5580_problems():
     assert (found["steps"], found["completions"]) == (2790, 44_640)
     assert found["completion_tokens"] == 44_640 * 2047
     assert found["traced_sequences"] == 279 * 8
+    again = estimate(train_spec(dynamic_sampling=True, max_resample_rounds=2), 5580)
+    assert (again["steps"], again["completions"]) == (2790, 3 * 44_640)
     assert estimate(train_spec(), None)["steps"] is None
     assert estimate(train_spec(algorithm="sft"), 5580)["steps"] == 349
 
