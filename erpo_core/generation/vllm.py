@@ -277,12 +277,30 @@ def _start(settings: dict[str, Any]) -> Any:
     from vllm import LLM
 
     try:
-        with _seeded(0):  # vLLM seeds the global generators of its process
+        with _seeded(0), _own_device():  # vLLM seeds the global generators of its process
             return LLM(**settings)
     except torch.OutOfMemoryError:
         raise
     except (ValueError, RuntimeError) as error:
         raise RunError(f"vLLM does not start: {error}", code="engine_unavailable") from error
+
+
+@contextmanager
+def _own_device() -> Iterator[None]:
+    """Where several ranks train, the process that vLLM starts sees this rank's device alone."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if "LOCAL_RANK" not in os.environ or not torch.cuda.is_available():
+        yield
+        return
+    names = visible.split(",") if visible else [str(index) for index in range(torch.cuda.device_count())]
+    os.environ["CUDA_VISIBLE_DEVICES"] = names[torch.cuda.current_device()]
+    try:
+        yield
+    finally:
+        if visible is None:
+            del os.environ["CUDA_VISIBLE_DEVICES"]
+        else:
+            os.environ["CUDA_VISIBLE_DEVICES"] = visible
 
 
 def _cpu_settings(model_path: Path, dtype: str, max_model_len: int, sequences: int) -> dict[str, Any]:

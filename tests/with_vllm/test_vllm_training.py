@@ -1,12 +1,18 @@
 """Training with vLLM as the sampler, on a tiny model: the engine follows the adapter, or the run ends."""
 
+import json
+import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
 from erpo_core.errors import RunError
 from erpo_core.generation.vllm import VLLMEngine
 from erpo_core.job import JobInputs, ModelInput
+from erpo_core.launch import launcher
 from erpo_core.records import Metrics, Resolved
 from erpo_core.specs import parse_spec
 from erpo_core.trainer.run import run_training
@@ -30,41 +36,41 @@ def tiny(tmp_path_factory):
     return make_tiny_model(tmp_path_factory.mktemp("models") / "tiny", hidden_size=128)
 
 
+def run(tiny: Path, folder: Path, **more) -> list:
+    """The records of a training of two steps."""
+    body = {
+        "model": str(tiny),
+        "dataset": "reasoning-gym:chain_sum?min_terms=2&max_terms=2&min_digits=1&max_digits=1&size=16&seed=3",
+        "rewards": [{"name": "boxed_format", "weight": 0.1}, {"name": "regex", "args": {"pattern": "[a-m]"}}],
+        "outcome_reward": "regex",
+        "num_generations": 4,
+        "generation_batch_size": 8,
+        "max_completion_length": 12,
+        "max_length": 400,
+        "max_steps": 2,
+        "learning_rate": 1e-2,
+        "warmup_steps": 0,
+        "lora": {"r": 4, "lora_alpha": 8},
+        "use_vllm": True,
+        **more,
+    }
+    inputs = JobInputs(
+        job_id="job_1",
+        run_id="run_1",
+        attempt=1,
+        work_dir=folder / "work",
+        cache_dir=folder / "cache",
+        model=ModelInput(str(tiny)),
+        model_roots=(tiny.parent,),
+    )
+    sink = Sink()
+    run_training(parse_spec("train", body), inputs, sink, sink)
+    return sink.records
+
+
 @pytest.fixture
 def train(tiny, tmp_path):
-    """Run a training of two steps; its records."""
-
-    def train(**more):
-        body = {
-            "model": str(tiny),
-            "dataset": "reasoning-gym:chain_sum?min_terms=2&max_terms=2&min_digits=1&max_digits=1&size=16&seed=3",
-            "rewards": [{"name": "boxed_format", "weight": 0.1}, {"name": "regex", "args": {"pattern": "[a-m]"}}],
-            "outcome_reward": "regex",
-            "num_generations": 4,
-            "generation_batch_size": 8,
-            "max_completion_length": 12,
-            "max_length": 400,
-            "max_steps": 2,
-            "learning_rate": 1e-2,
-            "warmup_steps": 0,
-            "lora": {"r": 4, "lora_alpha": 8},
-            "use_vllm": True,
-            **more,
-        }
-        inputs = JobInputs(
-            job_id="job_1",
-            run_id="run_1",
-            attempt=1,
-            work_dir=tmp_path / "work",
-            cache_dir=tmp_path / "cache",
-            model=ModelInput(str(tiny)),
-            model_roots=(tiny.parent,),
-        )
-        sink = Sink()
-        run_training(parse_spec("train", body), inputs, sink, sink)
-        return sink.records
-
-    return train
+    return lambda **more: run(tiny, tmp_path, **more)
 
 
 def test_the_engine_samples_from_the_policy_of_each_step(train, monkeypatch):
@@ -102,3 +108,23 @@ def test_a_step_on_the_adapter_of_the_step_before_is_refused(train, tmp_path, mo
     with pytest.raises(RunError, match="version 2") as caught:
         train()
     assert caught.value.code == "stale_adapter"
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_each_rank_samples_its_share_with_an_engine_of_its_own(tiny, tmp_path, strategy):
+    script = Path(__file__).with_name("ranks_vllm_script.py")
+    paths = os.pathsep.join(str(Path(__file__).parents[up]) for up in (0, 1, 2))
+    done = subprocess.run(
+        [sys.executable, *launcher(strategy, 2), str(script), str(tiny), str(tmp_path), strategy],
+        env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-5000:]
+    steps = json.loads((tmp_path / "metrics.json").read_text())
+    assert len(steps) == 2
+    for values in steps:
+        assert 0 < values["sampling/logp_difference_mean"] <= values["sampling/logp_difference_max"] < 1e-3
+        assert values["grad_norm"] > 0
