@@ -71,8 +71,8 @@ class Stack:
             time.sleep(0.05)
         return [" ".join(process.cmdline()) for process in self.processes()]
 
-    def stop(self, number: int, seconds: float = 10) -> list[str]:
-        """Send a signal to the parent; what is left after some time."""
+    def stop(self, number: int, seconds: float = 30) -> list[str]:
+        """Send a signal to the parent; what is left after some time: three times what a stop takes at most."""
         self.process.send_signal(number)
         left = self.wait_until_gone(seconds)
         self.process.wait(5)
