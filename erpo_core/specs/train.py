@@ -36,6 +36,10 @@ class BaseTrainSpec(Spec):
     max_skipped_steps: int = Field(10, ge=0, description="Steps with a gradient that is not finite, at most.")
 
     lora: LoraSpec | None = Field(LoraSpec(), description="null trains every weight.")
+    load_in_4bit: bool = Field(
+        False,
+        description="Hold the frozen base in 4 bits (nf4): wants `lora`, CUDA, and the extra `bitsandbytes`.",
+    )
     bf16: bool | None = Field(None, description="null: float32 on the CPU, bfloat16 on CUDA.")
     gradient_checkpointing: bool = False
 
@@ -44,6 +48,12 @@ class BaseTrainSpec(Spec):
     seed: int = Field(42, ge=0, le=2**31 - 1)
     hardware: HardwareSpec = HardwareSpec()
     job: JobOptions = JobOptions()
+
+    @model_validator(mode="after")
+    def _check_base(self) -> Self:
+        if self.load_in_4bit and self.lora is None:
+            raise ValueError("load_in_4bit: only frozen weights are held in 4 bits; keep `lora`, or write false")
+        return self
 
 
 class SftTrainSpec(BaseTrainSpec):
@@ -157,6 +167,8 @@ class GrpoTrainSpec(BaseTrainSpec):
         if self.use_vllm and self.hardware.num_gpus > 1:
             raise ValueError("use_vllm: not with several devices yet; write false, or hardware.num_gpus 1")
         self._check_correction()
+        if self.use_vllm and self.load_in_4bit:
+            raise ValueError("load_in_4bit: vLLM would sample from the base in 16 bits; write false, or use_vllm false")
         if self.use_vllm and self.lora is None:
             raise ValueError(
                 "use_vllm: vLLM is sent LoRA adapters at each step, not every weight; keep `lora`, or write false"

@@ -82,7 +82,9 @@ def run_training(spec: GrpoTrainSpec, inputs: JobInputs, sink: Sink, stop: Stop)
     sink.emit(Progress("load", 0, 1))
     with first_process_first():
         path = prepare_model(inputs.model.base, cache_dir=inputs.cache_dir, model_roots=inputs.model_roots)
-    model, tokenizer, info = load_policy(inputs, dtype=_load_dtype(spec, path), trainable=True)
+    model, tokenizer, info = load_policy(
+        inputs, dtype=_load_dtype(spec, path), trainable=True, load_in_4bit=spec.load_in_4bit
+    )
     problems = load_training_problems(spec, inputs, sink)
     dataset, dropped = make_dataset(tokenizer, problems, spec)
     report_dropped(sink, dropped, len(problems), "are too long")

@@ -9,7 +9,7 @@ import torch
 from trl import SFTConfig, SFTTrainer
 
 from erpo_core.job import JobInputs, Stop
-from erpo_core.models import load_policy
+from erpo_core.models import load_policy, widen_adapters
 from erpo_core.records import Progress, Resolved, Sink
 from erpo_core.specs.train import SftTrainSpec
 from erpo_core.trainer.callbacks import RecordCallback
@@ -63,6 +63,7 @@ class SolutionTrainer(WholeCheckpoints, SFTTrainer):
         self.rollout_log: list[Any] = []
         self.traces: list[Any] = []
         super().__init__(*args, **kwargs)
+        widen_adapters(self._policy)
         self.add_callback(SkipNonFinite(self))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -107,7 +108,8 @@ def run_sft(spec: SftTrainSpec, inputs: JobInputs, sink: Sink, stop: Stop) -> di
     started = time.monotonic()
     sink.emit(Progress("load", 0, 1))
     rounded = wants_bf16(spec) and spec.lora is not None
-    model, tokenizer, info = load_policy(inputs, dtype=torch.bfloat16 if rounded else torch.float32, trainable=True)
+    dtype = torch.bfloat16 if rounded else torch.float32
+    model, tokenizer, info = load_policy(inputs, dtype=dtype, trainable=True, load_in_4bit=spec.load_in_4bit)
     problems = load_training_problems(spec, inputs, sink)
     dataset, dropped = make_solution_dataset(tokenizer, problems, spec)
     report_dropped(sink, dropped, len(dataset) + dropped, "are too long with their solution")

@@ -78,7 +78,10 @@ def test_training_every_weight_takes_a_reference_and_sixteen_bytes_a_parameter()
     assert full["activation_bytes"] is None
 
 
-@pytest.mark.parametrize("change", [{"gradient_checkpointing": True}, {"max_length": 512}, {"num_generations": 4}])
+@pytest.mark.parametrize(
+    "change",
+    [{"gradient_checkpointing": True}, {"max_length": 512}, {"num_generations": 4}, {"load_in_4bit": True}],
+)
 def test_what_saves_memory_lowers_the_estimate(tiny, change):
     size = model_size(str(tiny), [tiny.parent])
     assert (
