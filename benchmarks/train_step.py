@@ -1,6 +1,7 @@
 """What a training step costs: TRL's GRPOTrainer (a), our GRPO (b) and ERPO (c), on the same prompts and answer lengths.
 
     python benchmarks/train_step.py                    # the case of 32 + 64 tokens in float32
+    python benchmarks/train_step.py --arms a c v       # with vLLM (v), where it is installed
     python benchmarks/train_step.py --full --write     # every case, into benchmarks/RESULTS.md
 
 Every arm has the same model, LoRA, dtype, beta, optimizer, threads and attention kernel, and no gradient checkpointing.
@@ -160,7 +161,7 @@ def report(case, rounds, pairs, flops, memory) -> str:
         cells += [f"{tokens / medians[-1]:.1f}", f"{memory[name] / 2**20:.0f} MiB"]
         lines.append(f"| {name}: {ARMS[name]} | " + " | ".join(cells) + " |")
     lines.append("")
-    for top, bottom in (("c", "a"), ("b", "a")):
+    for top, bottom in (("c", "a"), ("v", "a"), ("b", "a")):
         if top in rounds and bottom in rounds:
             both = list(zip(rounds[top], rounds[bottom], strict=True))
             whole = results.ratio([(t["step"], b["step"]) for t, b in both])

@@ -32,6 +32,8 @@ class JobInputs:
     resume_from: Path | None = None
     stored_rows: tuple[dict[str, Any], ...] = ()
     """Completion rows that earlier attempts have stored."""
+    stored_traces: tuple[dict[str, Any], ...] = ()
+    """Traces that they have stored: ``prompt_id``, ``sample``, ``blob`` (of the codec, base64) and ``pivots``."""
     source: dict[str, Any] | None = None
     """The stored sequence or the stored answers that the specification names, as the kind of job wants them."""
 
@@ -55,6 +57,7 @@ class JobInputs:
             model_roots=tuple(Path(root) for root in body["model_roots"]),
             resume_from=_path(body["resume_from"]),
             stored_rows=tuple(body["stored_rows"]),
+            stored_traces=tuple(body["stored_traces"]),
             source=body["source"],
         )
 
@@ -71,6 +74,7 @@ class JobInputs:
             "model_roots": [str(root) for root in self.model_roots],
             "resume_from": _text(self.resume_from),
             "stored_rows": list(self.stored_rows),
+            "stored_traces": list(self.stored_traces),
             "source": self.source,
         }
 

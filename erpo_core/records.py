@@ -24,7 +24,10 @@ class Resolved:
 
 @dataclass(frozen=True)
 class Progress:
-    """How far it is. ``phase``: ``load``, ``train``, ``generate``, ``score``, ``solve``, ``continue``, ``save``."""
+    """How far it is.
+
+    ``phase``: ``load``, ``train``, ``generate``, ``score``, ``pivots``, ``solve``, ``continue``, ``save``.
+    """
 
     kind: ClassVar[str] = "progress"
     phase: str

@@ -101,6 +101,9 @@ def _entropy(spec: EntropySpec, num_problems: int | None, num_tokens: int | None
         sequences = len(spec.texts)
         # A token is hardly ever shorter than one character.
         tokens = sum(len(pair.response) for pair in spec.texts)
+    elif spec.logprobs:
+        sequences = len(spec.logprobs.texts)
+        tokens = sum(len(one.content) for one in spec.logprobs.texts)
     else:
         known = len(spec.prompts) if num_problems is None else num_problems
         sequences = (min(spec.limit, known or spec.limit) if spec.dataset else known) * spec.num_samples

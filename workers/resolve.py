@@ -1,5 +1,6 @@
 """From a claimed job to what its child needs: a model reference becomes names and local paths."""
 
+from base64 import b64encode
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from erpo_core.checkpoints import is_whole
 from erpo_core.errors import UnknownReferenceError
 from erpo_core.job import JobInputs, ModelInput
 from service.db import jobs, runs, traces
-from service.db.claims import KEEPS_ANSWERS, Claim
+from service.db.claims import KEEPS_RECORDS, Claim
 from service.db.measured import Checkpoint
 from service.settings import Settings
 
@@ -34,6 +35,7 @@ def resolve_inputs(session: Session, claim: Claim, settings: Settings) -> JobInp
         model_roots=(*settings.model_roots, settings.artifacts_dir),
         resume_from=_resume_from(session, claim),
         stored_rows=_stored_rows(session, claim),
+        stored_traces=_stored_traces(session, claim),
         source=_source(session, claim),
     )
 
@@ -97,9 +99,16 @@ def _existing(folder: Path) -> Path:
 
 
 def _stored_rows(session: Session, claim: Claim) -> tuple[dict[str, Any], ...]:
-    if claim.kind not in KEEPS_ANSWERS or claim.attempt == 1:
+    if claim.kind not in KEEPS_RECORDS or claim.attempt == 1:
         return ()
     return tuple(runs.stored_answers(session, claim.run_id))
+
+
+def _stored_traces(session: Session, claim: Claim) -> tuple[dict[str, Any], ...]:
+    if claim.kind not in KEEPS_RECORDS or claim.attempt == 1:
+        return ()
+    found = traces.stored_traces(session, claim.run_id)
+    return tuple(trace | {"blob": b64encode(trace["blob"]).decode()} for trace in found)
 
 
 def _source(session: Session, claim: Claim) -> dict[str, Any] | None:
