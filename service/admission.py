@@ -12,6 +12,7 @@ from erpo_core.analysis.given_logprobs import bounded_entropies
 from erpo_core.data.datasets import check_dataset
 from erpo_core.data.golds import check_dataset_golds
 from erpo_core.errors import NotFoundError, SpecError, UnknownReferenceError
+from erpo_core.generation.vllm_server import check_server
 from erpo_core.models import check_model_ref
 from erpo_core.rewards.functions import check_rewards
 from erpo_core.specs import BranchSpec
@@ -61,6 +62,7 @@ def admit(database: Database, settings: Settings, principal: Principal, spec: An
             check_dataset_golds(spec.dataset, settings.data_root)
     if hasattr(spec, "rewards"):
         check_rewards(spec.rewards)
+    check_server(getattr(spec, "vllm_server_base_url", None), settings.vllm_servers)
     return admitted
 
 

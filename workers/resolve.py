@@ -8,6 +8,7 @@ from sqlalchemy.orm import Session
 
 from erpo_core.checkpoints import is_whole
 from erpo_core.errors import UnknownReferenceError
+from erpo_core.generation.vllm_server import check_server
 from erpo_core.job import JobInputs, ModelInput
 from service.db import jobs, runs, traces
 from service.db.claims import KEEPS_RECORDS, Claim
@@ -21,8 +22,10 @@ def resolve_inputs(session: Session, claim: Claim, settings: Settings) -> JobInp
     """Everything that the child of this attempt gets beside its specification.
 
     Raises:
-        UnknownReferenceError: a run or a checkpoint that the model names is not there (any more).
+        UnknownReferenceError: a run or a checkpoint that the model names is not there (any more), or the worker does
+            not know the vLLM server.
     """
+    check_server(claim.spec.get("vllm_server_base_url"), settings.vllm_servers)
     return JobInputs(
         job_id=claim.job_id,
         run_id=claim.run_id,

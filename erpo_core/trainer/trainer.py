@@ -26,11 +26,14 @@ from erpo_core.trainer.rollouts import SampledAnswers
 from erpo_core.trainer.sampling import make_sampler
 from erpo_core.trainer.saving import WholeCheckpoints
 from erpo_core.trainer.scoring import body_of
+from erpo_core.trainer.sharding import ShardedWeights
 from erpo_core.trainer.state import RunState
 from erpo_core.trainer.totals import Totals
 
+_LAYOUTS = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.FSDP)
 
-class ERPOTrainer(WholeCheckpoints, SampledAnswers, TokenCredit, GRPOTrainer):
+
+class ERPOTrainer(ShardedWeights, WholeCheckpoints, SampledAnswers, TokenCredit, GRPOTrainer):
     """Used as TRL's GRPOTrainer is: same constructor, same data set format; ``args`` is an :class:`ERPOConfig`.
 
     Raises:
@@ -69,9 +72,7 @@ class ERPOTrainer(WholeCheckpoints, SampledAnswers, TokenCredit, GRPOTrainer):
         self.beta = args.beta
         self._check_layout()
         self._reference = Reference(self._policy)
-        self._engine_of = make_sampler(
-            args, self._policy, self.processing_class, num_processes=self.accelerator.num_processes
-        )
+        self._engine_of = make_sampler(args, self._policy, self.processing_class, self.accelerator)
         self._scores_in_float32 = self._resolve_scoring_dtype() == "float32"
         self.add_callback(SkipNonFinite(self))
         self.add_callback(SaveAtBoundaries())
@@ -194,7 +195,5 @@ class ERPOTrainer(WholeCheckpoints, SampledAnswers, TokenCredit, GRPOTrainer):
                 f"gradient_accumulation_steps ({window}), so that a generation holds whole optimizer steps"
             )
         kind = self.accelerator.distributed_type
-        if kind not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
-            raise ValueError(
-                f"distributed_type: {kind.value} shards the weights, which ERPOTrainer does not support; use DDP"
-            )
+        if kind not in _LAYOUTS:
+            raise ValueError(f"distributed_type: ERPOTrainer does not support {kind.value}; use DDP or FSDP2")

@@ -78,6 +78,16 @@ def test_training_every_weight_takes_a_reference_and_sixteen_bytes_a_parameter()
     assert full["activation_bytes"] is None
 
 
+def test_shards_divide_what_is_not_needed_whole():
+    seven = ModelSize(7_000_000_000)
+    four = {"hardware": {"num_gpus": 4, "strategy": "fsdp2"}}
+    full = training_memory(train_spec(lora=None, **four), seven)
+    assert full["weights_bytes"] == 4 * seven.num_parameters * (1 + 1 / 4)
+    assert full["optimizer_bytes"] == 12 * seven.num_parameters / 4
+    imitating = training_memory(train_spec(algorithm="sft", lora=None, **four), seven)
+    assert imitating["memory_bytes"] == 16 * seven.num_parameters / 4
+
+
 @pytest.mark.parametrize(
     "change",
     [{"gradient_checkpointing": True}, {"max_length": 512}, {"num_generations": 4}, {"load_in_4bit": True}],

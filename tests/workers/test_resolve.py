@@ -173,3 +173,14 @@ def test_an_analysis_of_stored_answers_is_given_them_under_their_own_prompt(data
         again = traced(session, first)
         branch = resolve_inputs(session, claimed(session, "branch", {"sequence": again}), settings)
     assert branch.source["prompt_spec"] == {"template": "raw"}
+
+
+def test_a_server_that_the_worker_does_not_know_is_not_reached(database, settings):
+    url = "http://gpu-7:8000"
+    with database.write() as session:
+        claim = train(session, settings, vllm_server_base_url=url)
+        with pytest.raises(UnknownReferenceError, match="not a vLLM server") as caught:
+            resolve_inputs(session, claim, settings)
+        known = settings.model_copy(update={"vllm_servers": (url,)})
+        assert resolve_inputs(session, claim, known).run_id == claim.run_id
+    assert caught.value.pointer == "/vllm_server_base_url"
