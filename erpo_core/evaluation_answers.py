@@ -55,10 +55,7 @@ class AnswerBook:
             RunError: ``verifier_unavailable``.
         """
         fresh = [answer for answer in answers if (answer.problem.id, answer.number) not in self._stored]
-        texts = [self._text(answer.sample.token_ids) for answer in fresh]
-        golds = [answer.problem.answer for answer in fresh]
-        verdicts = self._verifier.check_many(list(zip(golds, texts, strict=True)))
-        rows = [self._row(*parts) for parts in zip(fresh, texts, verdicts, strict=True)]
+        rows = judged(fresh, self._spec, self._tokenizer, self._verifier)
         self._sink.emit(Completions(0, rows))
         self.rows += rows
         self._fresh += len(rows)
@@ -66,29 +63,6 @@ class AnswerBook:
         self._tokens += sum(row["num_tokens"] for row in rows)
         done = len(self._stored) + self._fresh
         self._sink.emit(Progress("generate", done, self._total, self._speed(done)))
-
-    def _text(self, token_ids: Sequence[int]) -> str:
-        # PostgreSQL's text holds no NUL character.
-        return self._tokenizer.decode(token_ids, skip_special_tokens=True).replace("\0", "\ufffd")
-
-    def _row(self, answer: Answer, text: str, verdict: Verdict) -> dict[str, Any]:
-        row = {
-            "prompt_id": answer.problem.id,
-            "group": answer.group,
-            "sample": answer.number,
-            "prompt": answer.problem.problem,
-            "completion": text,
-            "gold": answer.problem.answer,
-            "level": None if answer.problem.level is None else str(answer.problem.level)[:40],
-            "subject": answer.problem.subject and answer.problem.subject[:200],
-            "advantage": None,
-            "verdict": str(verdict),
-            "boxed": has_answer(text),
-            "truncated": not answer.sample.finished,
-            "num_tokens": len(answer.sample.token_ids),
-        }
-        right = float(is_right(row, self._spec))
-        return {**row, "reward": right, "rewards": {"accuracy": right, "boxed_format": float(row["boxed"])}}
 
     def _speed(self, done: int) -> dict[str, float]:
         acc = self._right / max(done, 1)
@@ -99,3 +73,40 @@ class AnswerBook:
             "tokens_per_second": self._tokens / seconds,
             "eta_seconds": (self._total - done) * seconds / max(self._fresh, 1),
         }
+
+
+def judged(answers: Sequence[Answer], spec: EvaluateSpec, tokenizer: Any, verifier: Verifier) -> list[dict[str, Any]]:
+    """A row of :class:`erpo_core.records.Completions` for each answer, with its verdict.
+
+    Raises:
+        RunError: ``verifier_unavailable``.
+    """
+    texts = [_text(tokenizer, answer.sample) for answer in answers]
+    golds = [answer.problem.answer for answer in answers]
+    verdicts = verifier.check_many(list(zip(golds, texts, strict=True)))
+    return [_row(*parts, spec) for parts in zip(answers, texts, verdicts, strict=True)]
+
+
+def _text(tokenizer: Any, sample: Sample) -> str:
+    # PostgreSQL's text holds no NUL character.
+    return tokenizer.decode(sample.token_ids, skip_special_tokens=True).replace("\0", "\ufffd")
+
+
+def _row(answer: Answer, text: str, verdict: Verdict, spec: EvaluateSpec) -> dict[str, Any]:
+    row = {
+        "prompt_id": answer.problem.id,
+        "group": answer.group,
+        "sample": answer.number,
+        "prompt": answer.problem.problem,
+        "completion": text,
+        "gold": answer.problem.answer,
+        "level": None if answer.problem.level is None else str(answer.problem.level)[:40],
+        "subject": answer.problem.subject and answer.problem.subject[:200],
+        "advantage": None,
+        "verdict": str(verdict),
+        "boxed": has_answer(text),
+        "truncated": not answer.sample.finished,
+        "num_tokens": len(answer.sample.token_ids),
+    }
+    right = float(is_right(row, spec))
+    return {**row, "reward": right, "rewards": {"accuracy": right, "boxed_format": float(row["boxed"])}}

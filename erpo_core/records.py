@@ -24,7 +24,8 @@ class Resolved:
 
 @dataclass(frozen=True)
 class Progress:
-    """How far it is. ``phase``: ``load``, ``train``, ``generate``, ``score``, ``solve``, ``continue``, ``save``."""
+    """How far it is. ``phase``: ``load``, ``train``, ``evaluate``, ``generate``, ``score``, ``solve``, ``continue``,
+    ``save``."""
 
     kind: ClassVar[str] = "progress"
     phase: str

@@ -27,10 +27,14 @@ from service.settings import Settings
 
 @dataclass
 class Admitted:
-    """What admission found: the runs that must succeed first; the size of what is worked on, if it is known."""
+    """What admission found: the runs that must succeed first; the size of what is worked on, if it is known.
+
+    ``num_eval_problems``: of each benchmark that a training is evaluated on.
+    """
 
     depends_on: list[str] = field(default_factory=list)
     num_problems: int | None = None
+    num_eval_problems: list[int | None] = field(default_factory=list)
     num_tokens: int | None = None
 
 
@@ -45,8 +49,8 @@ def admit(database: Database, settings: Settings, principal: Principal, spec: An
     with database.read() as session:
         _check_model(session, settings, principal, spec.model, admitted)
         _check_dependencies(session, principal, spec.job, admitted)
-        if getattr(spec, "dataset", None):
-            _check_upload(session, principal, spec.dataset.partition("?")[0])
+        for ref, pointer in _datasets(spec):
+            _check_upload(session, principal, ref.partition("?")[0], pointer)
         if getattr(spec, "source", None):
             _check_source(session, principal, spec.source, admitted)
         if hasattr(spec, "sequence"):
@@ -56,12 +60,25 @@ def admit(database: Database, settings: Settings, principal: Principal, spec: An
         admitted.num_problems = check_dataset(spec.dataset, settings.data_root, with_solutions=imitates)
         if not imitates:
             check_dataset_golds(spec.dataset, settings.data_root)
+    for ref, pointer in _eval_benchmarks(spec):
+        admitted.num_eval_problems.append(check_dataset(ref, settings.data_root, pointer=pointer))
+        check_dataset_golds(ref, settings.data_root, pointer=pointer)
     if hasattr(spec, "rewards"):
         check_rewards(spec.rewards)
     return admitted
 
 
-def _check_upload(session: Session, principal: Principal, dataset: str) -> None:
+def _datasets(spec: Any) -> list[tuple[str, str]]:
+    """Every data set that a specification names, and where."""
+    own = [(spec.dataset, "/dataset")] if getattr(spec, "dataset", None) else []
+    return own + _eval_benchmarks(spec)
+
+
+def _eval_benchmarks(spec: Any) -> list[tuple[str, str]]:
+    return [(ref, f"/eval_benchmarks/{index}") for index, ref in enumerate(getattr(spec, "eval_benchmarks", ()))]
+
+
+def _check_upload(session: Session, principal: Principal, dataset: str, pointer: str) -> None:
     """An uploaded data set belongs to somebody; other forms of names are checked without the database."""
     if not dataset.startswith("ds_"):
         return
@@ -69,7 +86,7 @@ def _check_upload(session: Session, principal: Principal, dataset: str) -> None:
         principal.check_sees(dataset_rows.get_dataset(session, dataset).owner, f"data set {dataset}")
     except NotFoundError:
         raise UnknownReferenceError(
-            f"there is no data set {dataset}", pointer="/dataset", mend="name one that GET /datasets lists"
+            f"there is no data set {dataset}", pointer=pointer, mend="name one that GET /datasets lists"
         ) from None
 
 

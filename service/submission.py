@@ -64,6 +64,7 @@ class _Desk:
                 admitted.num_problems,
                 size=model_size(spec.model, self.settings.model_roots),
                 num_tokens=admitted.num_tokens,
+                num_eval_problems=admitted.num_eval_problems,
             ),
             "depends_on": admitted.depends_on,
         }

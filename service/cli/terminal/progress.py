@@ -11,6 +11,7 @@ from rich.text import Text
 _PHASES = {
     "load": "loading the model",
     "train": "training",
+    "evaluate": "evaluating the policy",
     "generate": "sampling answers",
     "score": "scoring",
     "save": "saving",
