@@ -148,24 +148,22 @@ def assert_same_weights(folder: Path) -> None:
 
 def test_a_run_that_is_stopped_has_each_evaluation_once(tiny, tmp_path):
     """At a step that is due: it leaves with its checkpoint, and the next attempt evaluates what that holds."""
-    whole = train(tiny, tmp_path / "whole", max_steps=5, **EVALUATED)
+    settings = EVALUATED | {"max_steps": 5, "save_steps": 3}
+    whole = train(tiny, tmp_path / "whole", **settings)
     for name, stop in (("between", StopAt(step=2)), ("within", StopAt(evaluated=3))):
-        part = train(tiny, tmp_path / name, records=stop, max_steps=5, **EVALUATED)
+        part = train(tiny, tmp_path / name, records=stop, **settings)
         assert part.by_kind["result"][0].data["stopped"]
         assert sorted(evaluations(part)) == [0]
         assert part.by_kind["checkpoint"][-1].step == 3
-        folder = tmp_path / name / "checkpoints" / "checkpoint-3"
-        rest = train(tiny, tmp_path / f"{name}-rest", resume_from=folder, max_steps=5, **EVALUATED)
+        folder = checkpoint_folder(tmp_path / name / "checkpoints", 3)
+        rest = train(tiny, tmp_path / f"{name}-rest", resume_from=folder, **settings)
         assert sorted(evaluations(rest)) == [3, 5]
         assert evaluations(part) | evaluations(rest) == evaluations(whole)
         assert plain(part) + plain(rest) == plain(whole)
-        again = train(tiny, tmp_path / f"{name}-again", resume_from=newest(tmp_path / f"{name}-rest"), **EVALUATED)
-        assert evaluations(again) == {}
-
-
-def newest(work_dir: Path) -> Path:
-    """A checkpoint of a step whose evaluation had been reported."""
-    return work_dir / "checkpoints" / "checkpoint-4"
+    again = train(
+        tiny, tmp_path / "again", resume_from=checkpoint_folder(tmp_path / "whole" / "checkpoints", 3), **settings
+    )
+    assert sorted(evaluations(again)) == [5], "that of step 3 had been reported before the checkpoint"
 
 
 def test_a_run_that_is_stopped_before_its_first_step_leaves_at_once(tiny, tmp_path):
