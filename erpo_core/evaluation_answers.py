@@ -8,6 +8,7 @@ from typing import Any
 from erpo_core.data.formats import Problem
 from erpo_core.evaluation_summary import is_right
 from erpo_core.generation.base import Sample
+from erpo_core.job import JobInputs
 from erpo_core.records import Completions, Progress, Sink
 from erpo_core.rewards.answers import has_answer
 from erpo_core.rewards.verify import Verdict, Verifier
@@ -25,21 +26,29 @@ class Answer:
 
 
 class AnswerBook:
-    """Every row of an evaluation, those of earlier attempts included. One thread adds, others may look."""
+    """Every row of a run of an evaluation, those of earlier attempts included. One thread adds, others may look.
+
+    Args:
+        before: answers of the job's runs before this one.
+        total: answers of all of its runs.
+    """
 
     def __init__(
         self,
         spec: EvaluateSpec,
-        stored_rows: Iterable[dict[str, Any]],
-        total: int,
+        run: JobInputs,
         tokenizer: Any,
         verifier: Verifier,
         sink: Sink,
+        *,
+        before: int,
+        total: int,
     ) -> None:
         self._spec, self._tokenizer, self._verifier, self._sink = spec, tokenizer, verifier, sink
-        self.rows = [dict(row) for row in stored_rows]
-        self._stored = frozenset((row["prompt_id"], row["sample"]) for row in self.rows)
-        self._total = total
+        self._run_id = run.run_id
+        self.rows = [dict(row) for row in run.stored_rows]
+        self._stored = run.stored
+        self._before, self._total = before, total
         self._right = sum(is_right(row, spec) for row in self.rows)
         self._fresh = self._tokens = 0
         self._started = time.monotonic()
@@ -56,18 +65,19 @@ class AnswerBook:
         """
         fresh = [answer for answer in answers if (answer.problem.id, answer.number) not in self._stored]
         rows = judged(fresh, self._spec, self._tokenizer, self._verifier)
-        self._sink.emit(Completions(0, rows))
+        self._sink.emit(Completions(0, rows, self._run_id))
         self.rows += rows
         self._fresh += len(rows)
         self._right += sum(row["reward"] == 1.0 for row in rows)
         self._tokens += sum(row["num_tokens"] for row in rows)
-        done = len(self._stored) + self._fresh
+        done = self._before + len(self.rows)
         self._sink.emit(Progress("generate", done, self._total, self._speed(done)))
 
-    def _speed(self, done: int) -> dict[str, float]:
-        acc = self._right / max(done, 1)
+    def _speed(self, done: int) -> dict[str, Any]:
+        acc = self._right / max(len(self.rows), 1)
         seconds = max(time.monotonic() - self._started, 1e-9)
         return {
+            "run_id": self._run_id,
             "acc": acc,
             "reward": acc,
             "tokens_per_second": self._tokens / seconds,
@@ -108,5 +118,10 @@ def _row(answer: Answer, text: str, verdict: Verdict, spec: EvaluateSpec) -> dic
         "truncated": not answer.sample.finished,
         "num_tokens": len(answer.sample.token_ids),
     }
+    return credited(row, spec)
+
+
+def credited(row: dict[str, Any], spec: EvaluateSpec) -> dict[str, Any]:
+    """The row with the rewards that its verdict is worth."""
     right = float(is_right(row, spec))
     return {**row, "reward": right, "rewards": {"accuracy": right, "boxed_format": float(row["boxed"])}}

@@ -42,6 +42,11 @@ class Batch:
         return range(self.first, self.first + self.count)
 
     @property
+    def keys(self) -> list[tuple[str, int]]:
+        """(prompt_id, sample) of each answer."""
+        return [(task.problem.id, number) for task in self.tasks for number in self.samples]
+
+    @property
     def prompts(self) -> list[list[int]]:
         """Token ids, one list a task."""
         return [task.ids for task in self.tasks]

@@ -34,6 +34,8 @@ class JobInputs:
     """Completion rows that earlier attempts have stored."""
     source: dict[str, Any] | None = None
     """The stored sequence or the stored answers that the specification names, as the kind of job wants them."""
+    also: tuple["JobInputs", ...] = ()
+    """Those of the job's further runs, where it has several: they differ in ``run_id``, ``model``, ``stored_rows``."""
 
     @property
     def stored(self) -> frozenset[tuple[str, int]]:
@@ -56,6 +58,7 @@ class JobInputs:
             resume_from=_path(body["resume_from"]),
             stored_rows=tuple(body["stored_rows"]),
             source=body["source"],
+            also=tuple(map(cls.from_json, body["also"])),
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -72,6 +75,7 @@ class JobInputs:
             "resume_from": _text(self.resume_from),
             "stored_rows": list(self.stored_rows),
             "source": self.source,
+            "also": [inputs.to_json() for inputs in self.also],
         }
 
 

@@ -89,8 +89,10 @@ def _least(*counts: int | None) -> int | None:
 
 
 def _evaluate(spec: EvaluateSpec, num_problems: int | None) -> dict[str, int | float | None]:
+    if spec.answers_of is not None:
+        return {"completions": 0, "completion_tokens": 0, "trace_bytes": 0}
     problems = _least(num_problems, spec.limit)
-    completions = None if problems is None else problems * spec.num_samples
+    completions = None if problems is None else problems * spec.num_samples * len(spec.each())
     tokens = None if completions is None else completions * spec.sampling.max_completion_length
     return {"num_problems": problems, "completions": completions, "completion_tokens": tokens, "trace_bytes": 0}
 

@@ -14,6 +14,7 @@ _PHASES = {
     "evaluate": "evaluating the policy",
     "generate": "sampling answers",
     "score": "scoring",
+    "verify": "checking answers",
     "save": "saving",
 }
 
