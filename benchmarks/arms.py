@@ -17,7 +17,12 @@ from erpo_core import ERPOConfig, ERPOTrainer
 from erpo_core.generation.base import Sample
 from erpo_core.generation.transformers import TransformersEngine
 
-ARMS = {"a": "TRL GRPOTrainer", "b": "ERPO Lab, algorithm=grpo", "c": "ERPO Lab, algorithm=erpo"}
+ARMS = {
+    "a": "TRL GRPOTrainer",
+    "b": "ERPO Lab, algorithm=grpo",
+    "c": "ERPO Lab, algorithm=erpo",
+    "v": "ERPO Lab, algorithm=erpo, use_vllm",
+}
 GROUP_SIZE = 8
 
 
@@ -133,8 +138,8 @@ class TrlArm:
 class OurArm(TrlArm):
     """ERPOTrainer with one of its algorithms."""
 
-    def __init__(self, case: Case, folder: Path, algorithm: str) -> None:
-        self.algorithm = algorithm
+    def __init__(self, case: Case, folder: Path, *, algorithm: str, use_vllm: bool = False) -> None:
+        self.algorithm, self.use_vllm = algorithm, use_vllm
         super().__init__(case, folder)
 
     def _make(self, folder: Path) -> ERPOTrainer:
@@ -144,6 +149,8 @@ class OurArm(TrlArm):
             beta=self.case.beta,
             progress_noise_floor="auto",
             scoring_dtype=self.case.dtype,
+            use_vllm=self.use_vllm,
+            vllm_max_model_length=self.case.prompt_length + max(self.case.lengths),
             **shared_settings(self.case),
         )
         return make_trainer(ForcedTrainer, config, self.case)
@@ -161,10 +168,29 @@ class ForcedTrainer(ERPOTrainer):
     lengths: tuple[int, ...]
 
     def _engine(self):
-        engine = super()._engine()
+        engine, end = super()._engine(), self.processing_class.eos_token_id
+        if self.args.use_vllm:
+            return ForcedVLLM(engine, self.lengths, end)
         forced = ForcedEngine(engine.model, engine.tokenizer)
-        forced.lengths, forced.end = torch.tensor(self.lengths), self.processing_class.eos_token_id
+        forced.lengths, forced.end = torch.tensor(self.lengths), end
         return forced
+
+
+class ForcedVLLM:
+    """The same for vLLM: a request for each answer, with a length of its own."""
+
+    def __init__(self, engine: Any, lengths: Sequence[int], end: int) -> None:
+        self._engine, self._lengths, self._end = engine, lengths, end
+
+    def generate(self, prompts, *, n: int, temperature, top_p, top_k, max_new_tokens, stop_ids, seed):
+        each = [prompt for prompt in prompts for _ in range(n)]
+        call = self._engine._call(each, 1, temperature, top_p, top_k, max_new_tokens, (), seed)
+        for (_, params), length in zip(call.requests, self._lengths, strict=True):
+            params.max_tokens = length
+        with torch.autocast("cpu", enabled=False):
+            samples = [group[0] for group in next(self._engine._serve(iter([call])))]
+        ended = [Sample([*sample.token_ids[:-1], self._end], True, sample.logps) for sample in samples]
+        return [ended[start : start + n] for start in range(0, len(ended), n)]
 
 
 class FixedAnswers:
@@ -189,7 +215,7 @@ def make_arm(name: str, case: Case, folder: Path) -> TrlArm:
     """One of ``ARMS``."""
     if name == "a":
         return TrlArm(case, folder)
-    return OurArm(case, folder, {"b": "grpo", "c": "erpo"}[name])
+    return OurArm(case, folder, algorithm="grpo" if name == "b" else "erpo", use_vllm=name == "v")
 
 
 def shared_settings(case: Case) -> dict[str, Any]:

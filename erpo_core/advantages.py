@@ -90,7 +90,7 @@ def erpo_advantages(
     entropies_NL = entropies_NL.clamp(min=0)
 
     a_NG = _group_advantages(rewards_NG, scored_NG)
-    live_N = _has_contrast(rewards_NG, scored_NG) & _has_contrast(rewards_NG, active_NGT.any(2))
+    live_N = has_contrast(rewards_NG, scored_NG) & has_contrast(rewards_NG, active_NGT.any(2))
     a_NL = torch.where(active_NL, a_NG[:, :, None].expand(-1, -1, tokens).flatten(1), 0.0)
 
     gates_NL = _gates(entropies_NL, active_NL, gate_scale, stabilizer, entropy_mean, entropy_std, gate)
@@ -129,12 +129,13 @@ def _group_advantages(rewards_NG: Tensor, scored_NG: Tensor) -> Tensor:
     deviation_NG = torch.where(scored_NG, clean_NG - mean_N1, 0.0)
     std_N1 = (deviation_NG.square().sum(1, keepdim=True) / (count_N1 - 1).clamp(min=1)).sqrt()
     tolerance_N1 = RELATIVE_TOLERANCE * clean_NG.abs().amax(1, keepdim=True).clamp(min=1)
-    signal_NG = (deviation_NG.abs() > tolerance_N1) & _has_contrast(rewards_NG, scored_NG)[:, None]
+    signal_NG = (deviation_NG.abs() > tolerance_N1) & has_contrast(rewards_NG, scored_NG)[:, None]
     return torch.where(signal_NG, deviation_NG / (std_N1 + REWARD_STABILIZER), 0.0)
 
 
-def _has_contrast(rewards_NG: Tensor, counted_NG: Tensor) -> Tensor:
-    """(N,) bool: do the counted rewards of each group differ by more than rounding?"""
+def has_contrast(rewards_NG: Tensor, counted_NG: Tensor | None = None) -> Tensor:
+    """(N,) bool: do the counted rewards of each group differ by more than rounding? All but NaN count by default."""
+    counted_NG = ~rewards_NG.isnan() if counted_NG is None else counted_NG
     high_N = rewards_NG.masked_fill(~counted_NG, -torch.inf).amax(1)
     low_N = rewards_NG.masked_fill(~counted_NG, torch.inf).amin(1)
     scale_N = rewards_NG.nan_to_num(0.0).abs().amax(1).clamp(min=1)

@@ -75,6 +75,28 @@ def top_entropy_mask(entropies: Tensor, mask: Tensor, share: float) -> Tensor:
     return active_BT & (entropies >= torch.quantile(entropies[active_BT].float(), 1 - share))
 
 
+def importance_ratios(
+    logps: Tensor, engine_logps: Tensor, *, mode: str, clip_min: float | None, clip_max: float | None
+) -> tuple[Tensor, Tensor]:
+    """Ratios pi_trainer / pi_engine of the sampled tokens, within bounds, and which were outside, both (B, T).
+
+    Factors of the advantage, constants in the gradient: what an engine samples is not exactly the policy that is
+    trained. As TRL's ``vllm_importance_sampling_correction`` at token level.
+
+    Args:
+        logps: (B, T), the trainer's, of the policy that sampled.
+        engine_logps: (B, T), the engine's; NaN where it gave none: the ratio is 1.
+        mode: ``token_truncate`` puts a ratio outside at its bound, ``token_mask`` at 0.
+        clip_min: Lower bound; None has none.
+        clip_max: Upper bound; None has none.
+    """
+    gap_BT = logps.detach() - engine_logps
+    ratio_BT = torch.where(gap_BT.isnan(), 0.0, gap_BT).exp()
+    bounded_BT = ratio_BT.clamp(clip_min or 0.0, clip_max)
+    outside_BT = bounded_BT != ratio_BT
+    return (bounded_BT if mode == "token_truncate" else ratio_BT.masked_fill(outside_BT, 0.0)), outside_BT
+
+
 def erpo_loss(
     logps: Tensor,
     old_logps: Tensor,

@@ -28,8 +28,11 @@ class Resolved:
 
 @dataclass(frozen=True)
 class Progress:
-    """How far it is. ``phase``: ``load``, ``train``, ``evaluate``, ``generate``, ``score``, ``solve``, ``continue``,
-    ``verify``, ``save``."""
+    """How far it is.
+
+    ``phase``: ``load``, ``train``, ``evaluate``, ``generate``, ``score``, ``pivots``, ``solve``, ``continue``,
+    ``verify``, ``save``.
+    """
 
     kind: ClassVar[str] = "progress"
     phase: str

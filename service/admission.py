@@ -8,9 +8,11 @@ from typing import Any
 
 from sqlalchemy.orm import Session
 
+from erpo_core.analysis.given_logprobs import bounded_entropies
 from erpo_core.data.datasets import check_dataset
 from erpo_core.data.golds import check_dataset_golds
 from erpo_core.errors import NotFoundError, SpecError, UnknownReferenceError
+from erpo_core.generation.vllm_server import check_server
 from erpo_core.models import check_model_ref
 from erpo_core.rewards.functions import check_rewards
 from erpo_core.specs import BranchSpec, EvaluateSpec
@@ -45,13 +47,15 @@ def admit(database: Database, settings: Settings, principal: Principal, spec: An
         SpecError: with the JSON pointer of the field and the mend.
     """
     _check_text(spec)
+    if getattr(spec, "logprobs", None):
+        bounded_entropies(spec.logprobs)
     admitted = Admitted()
     if getattr(spec, "answers_of", None):
         with database.read() as session:
             _check_answers(session, principal, spec, admitted)
         return admitted
     with database.read() as session:
-        _check_model(session, settings, principal, spec.model, admitted)
+        _check_model(session, settings, principal, spec, admitted)
         _check_dependencies(session, principal, spec.job, admitted)
         for ref, pointer in _datasets(spec):
             _check_upload(session, principal, ref.partition("?")[0], pointer)
@@ -69,6 +73,7 @@ def admit(database: Database, settings: Settings, principal: Principal, spec: An
         check_dataset_golds(ref, settings.data_root, pointer=pointer)
     if hasattr(spec, "rewards"):
         check_rewards(spec.rewards)
+    check_server(getattr(spec, "vllm_server_base_url", None), settings.vllm_servers)
     return admitted
 
 
@@ -94,8 +99,11 @@ def _check_upload(session: Session, principal: Principal, dataset: str, pointer:
         ) from None
 
 
-def _check_model(session: Session, settings: Settings, principal: Principal, model: Any, admitted: Admitted) -> None:
+def _check_model(session: Session, settings: Settings, principal: Principal, spec: Any, admitted: Admitted) -> None:
+    model = spec.model
     if not isinstance(model, CheckpointRef | CheckpointsRef):
+        if getattr(spec, "logprobs", None):
+            return  # Whose log-probabilities these are: it is not loaded, and need not be known.
         # Trained weights of a run are reached by the run's id, so that its owner is checked: not by their folder.
         check_model_ref(model, settings.model_roots)
         return
@@ -183,6 +191,12 @@ def _check_sequence(session: Session, principal: Principal, spec: BranchSpec) ->
             pointer="/sequence",
             mend="name the `id` of one that GET /analyze/entropy/{id}/sequences or /runs/{id}/traces lists",
         ) from None
+    if not row.origin.get("exact", True):
+        raise SpecError(
+            "the ids of its tokens are not known: it is of given log-probabilities",
+            pointer="/sequence",
+            mend="analyse its text with the model itself (`texts`), and branch from that",
+        )
     if spec.position >= row.num_tokens:
         raise SpecError(
             f"the answer has {row.num_tokens} tokens", pointer="/position", mend=f"write at most {row.num_tokens - 1}"

@@ -44,7 +44,8 @@ def _train(spec: GrpoTrainSpec, num_problems: int | None) -> dict[str, int | flo
     if steps is None and num_problems is not None:
         prompts_per_step = spec.generation_batch_size // spec.num_generations
         steps = ceil(num_problems // prompts_per_step * spec.num_train_epochs * spec.num_iterations)
-    completions = None if steps is None else ceil(steps / spec.num_iterations) * spec.generation_batch_size
+    rounds = 1 + (spec.max_resample_rounds if spec.dynamic_sampling else 0)
+    completions = None if steps is None else ceil(steps / spec.num_iterations) * spec.generation_batch_size * rounds
     longest = spec.max_completion_length or spec.max_length - 1
     traced = 0
     if spec.trace_every and steps is not None:
@@ -126,6 +127,9 @@ def _entropy(spec: EntropySpec, num_problems: int | None, num_tokens: int | None
         sequences = len(spec.texts)
         # A token is hardly ever shorter than one character.
         tokens = sum(len(pair.response) for pair in spec.texts)
+    elif spec.logprobs:
+        sequences = len(spec.logprobs.texts)
+        tokens = sum(len(one.content) for one in spec.logprobs.texts)
     else:
         known = len(spec.prompts) if num_problems is None else num_problems
         sequences = (min(spec.limit, known or spec.limit) if spec.dataset else known) * spec.num_samples

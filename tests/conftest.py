@@ -1,5 +1,6 @@
 """Real servers for the tests: PostgreSQL and Valkey from their wheels, a fresh database for each test."""
 
+import os
 import shutil
 import socket
 import subprocess
@@ -12,6 +13,10 @@ from hypothesis import settings
 from sqlalchemy import create_engine, make_url, text
 
 from service.db.engine import Database
+
+# Before torch is loaded: tiny models gain nothing from more threads, and waiting in a loop takes the cores from others.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 settings.register_profile("shared-cores", deadline=None)  # how long an example takes depends on who else computes
 settings.load_profile("shared-cores")

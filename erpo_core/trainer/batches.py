@@ -6,7 +6,22 @@ from typing import Any
 from torch import Tensor
 
 from erpo_core.advantages import ERPOSignals
+from erpo_core.generation.base import Sample
 from erpo_core.trainer.scoring import Rollouts
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One sampled answer and how it was judged."""
+
+    example: dict[str, Any]
+    """The data set's row."""
+    prompt_ids: list[int]
+    sample: Sample
+    completion: str | list[dict[str, str]]
+    rewards: list[float]
+    """One for each reward function; NaN where it did not judge."""
+    verdict: str | None
 
 
 @dataclass(frozen=True)
@@ -35,8 +50,8 @@ class MicroBatch:
     rewards: Tensor
     outcomes: Tensor
     finished: Tensor
-    engine_logps: list[list[float] | None]
-    """The sampling engine's log-probabilities of each answer's tokens, where it gives them."""
+    engine_logps: Tensor
+    """(B, T) log-probabilities of the sampled tokens by the engine that sampled them; NaN where it gave none."""
     lengths: list[int]
     examples: list[dict[str, Any]]
     completions: list[str]

@@ -22,7 +22,7 @@ _SUMMARY_STEPS = 10
 class RecordCallback(TrainerCallback):
     """Reports each step to a sink. :meth:`attach` it to its trainer before training."""
 
-    def __init__(self, sink: Sink, stop: Stop, accuracy, origin: dict[str, Any]) -> None:
+    def __init__(self, sink: Sink, stop: Stop, origin: dict[str, Any]) -> None:
         self.trainer = None
         self.last: dict[str, float] = {}
         self.tokens = 0
@@ -30,7 +30,7 @@ class RecordCallback(TrainerCallback):
         """Did somebody ask the training to leave before its end?"""
         self._recent: deque[dict[str, float]] = deque(maxlen=_SUMMARY_STEPS)
         self._skipped = 0
-        self._sink, self._stop, self._accuracy, self._origin = sink, stop, accuracy, origin
+        self._sink, self._stop, self._origin = sink, stop, origin
         self._started = time.monotonic()
         self._step_started = self._started
         self._first_step = 0
@@ -62,6 +62,8 @@ class RecordCallback(TrainerCallback):
         self._started = self._step_started = time.monotonic()
         self._first_step = state.global_step
         self._skipped = self.trainer.run_state.skipped_steps
+        if state.is_world_process_zero and self.trainer.changed_environment:
+            self._sink.emit(_environment_changed(self.trainer.changed_environment))
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not logs or "loss" not in logs or not state.is_world_process_zero:
@@ -120,8 +122,15 @@ class RecordCallback(TrainerCallback):
         }
 
     def _verdicts(self, batches: list) -> dict[str, float]:
-        verdicts = Counter(self._accuracy.last_verdicts if self._accuracy and batches else ())
+        verdicts = Counter(verdict for batch in batches for verdict in batch.verdicts or ())
         return {f"verdict/{name}": verdicts[name] / verdicts.total() for name in Verdict} if verdicts else {}
+
+
+def _environment_changed(changed: dict[str, tuple[Any, Any]]) -> Event:
+    told = ", ".join(f"{name} {before or 'absent'} -> {now or 'absent'}" for name, (before, now) in changed.items())
+    message = f"resumed in another environment than the checkpoint's, so not to the last bit: {told}"
+    data = {name: {"before": before, "now": now} for name, (before, now) in changed.items()}
+    return Event("resume.environment_changed", message, "warn", data)
 
 
 def _completion_rows(batches: list, group_size: int) -> list[dict[str, Any]]:

@@ -7,7 +7,9 @@ from trl import GRPOConfig
 
 ALGORITHMS = ("erpo", "grpo")
 SCORING_DTYPES = ("auto", "float32", "bfloat16")
+TOKEN_CORRECTIONS = ("token_truncate", "token_mask")
 LOSS_TYPES = ("erpo", "dapo", "bnpo", "grpo")
+VLLM_MODES = ("colocate", "server")
 
 
 @dataclass
@@ -40,6 +42,10 @@ class ERPOConfig(GRPOConfig):
     outcome_reward: str = field(default="accuracy", metadata={"help": "The reward that decides right and wrong."})
     trace_every: int = field(default=0, metadata={"help": "Steps between kept token traces; 0 keeps none."})
     trace_groups: int = field(default=1, metadata={"help": "Groups kept each time."})
+    dynamic_sampling: bool = field(
+        default=False, metadata={"help": "Prompts whose answers all have one reward give way to others, as in DAPO."}
+    )
+    max_resample_rounds: int = field(default=3, metadata={"help": "Rounds of `dynamic_sampling` at most."})
 
     num_generations: int = 8
     per_device_train_batch_size: int = 8
@@ -56,6 +62,7 @@ class ERPOConfig(GRPOConfig):
     scale_rewards: str = "group"
     use_bias_correction_kl: bool = False
     vllm_importance_sampling_correction: bool = False
+    vllm_importance_sampling_mode: str = "token_truncate"
     disable_dropout: bool = True
     gradient_checkpointing: bool = False
     bf16: bool | None = None
@@ -76,10 +83,8 @@ class ERPOConfig(GRPOConfig):
             ("scale_rewards", "group", "ERPO's group advantage is eq. 3"),
             ("use_liger_kernel", False, "the head is scored by erpo_core.logits"),
             ("sync_ref_model", False, "the reference is the policy that training started from"),
-            ("vllm_mode", "colocate", "vLLM runs beside the trainer"),
             ("vllm_tensor_parallel_size", 1, "vLLM shares the trainer's device"),
             ("vllm_enable_sleep_mode", False, "vLLM keeps its share of the memory"),
-            ("vllm_importance_sampling_correction", False, "the difference of the log-probs is logged, not corrected"),
             ("multi_objective_aggregation", "sum_then_normalize", "it changes eq. 3"),
             ("mask_truncated_completions", False, "truncated responses count as the rewards say"),
             ("off_policy_mask_threshold", None, "it tests the sign of a sequence's advantage"),
@@ -104,9 +109,36 @@ class ERPOConfig(GRPOConfig):
             raise ValueError(f"scoring_dtype: {self.scoring_dtype!r} is none of {', '.join(SCORING_DTYPES)}")
         if not 0 < self.top_entropy_quantile <= 1:
             raise ValueError(f"top_entropy_quantile: {self.top_entropy_quantile!r} is not above 0 and at most 1")
+        self._check_correction()
+        if self.max_resample_rounds < 1:
+            raise ValueError(f"max_resample_rounds: {self.max_resample_rounds!r} is below 1")
         if self.entropy_stats not in ("group", "ema"):
             raise ValueError(f"entropy_stats: {self.entropy_stats!r} is none of group, ema")
+        if self.vllm_mode not in VLLM_MODES:
+            raise ValueError(f"vllm_mode: {self.vllm_mode!r} is none of {', '.join(VLLM_MODES)}")
         if self.algorithm not in ALGORITHMS:
             raise ValueError(f"algorithm: {self.algorithm!r} is none of {', '.join(ALGORITHMS)}")
         if self.loss_type not in LOSS_TYPES:
             raise ValueError(f"loss_type: {self.loss_type!r} is none of {', '.join(LOSS_TYPES)}")
+
+    def _check_correction(self) -> None:
+        mode = self.vllm_importance_sampling_mode
+        if mode not in TOKEN_CORRECTIONS:
+            raise ValueError(
+                f"vllm_importance_sampling_mode: {mode!r} is none of {', '.join(TOKEN_CORRECTIONS)}; "
+                "a sequence's ratio spreads token credit evenly again"
+            )
+        if not self.vllm_importance_sampling_correction:
+            return
+        if not self.use_vllm:
+            raise ValueError("vllm_importance_sampling_correction: only with use_vllm; leave it at False")
+        if self.top_p < 1 or self.top_k:
+            raise ValueError(
+                "vllm_importance_sampling_correction: the engine gives log-probabilities only of the whole "
+                "distribution; write top_p=1 and top_k=0"
+            )
+        if self.vllm_mode == "server" and self.temperature != 1:
+            raise ValueError(
+                "vllm_importance_sampling_correction: a vLLM server gives log-probabilities at temperature 1 alone; "
+                "write temperature=1"
+            )

@@ -31,6 +31,8 @@ from erpo_core.specs.train import BaseTrainSpec
 from erpo_core.trainer import ranks
 from erpo_core.trainer.callbacks import RecordCallback
 
+_NOTHING = Batch((), 0, 1, 0)
+
 
 class LeftEarlyError(Exception):
     """Asked to leave before the attempt's first step: there is nothing that a checkpoint does not have."""
@@ -157,7 +159,7 @@ class PolicyEvaluation(TrainerCallback):
         return True
 
     def _rows(self, benchmark: TrainingBenchmark, step: int, may_leave: bool) -> list[dict[str, Any]] | None:
-        """The checked answers of all processes; each samples every so many batches."""
+        """The checked answers of all processes, which take the batches in turn; None if asked to leave."""
         accelerator, rows = self._trainer.accelerator, []
         total = benchmark.num_problems * benchmark.spec.num_samples
         for first in range(0, len(benchmark.batches), accelerator.num_processes):
@@ -165,8 +167,9 @@ class PolicyEvaluation(TrainerCallback):
                 return None
             done = sum(len(batch.tasks) * batch.count for batch in benchmark.batches[:first])
             self._sink.emit(Progress("evaluate", done, total, {"benchmark": benchmark.label, "step": step}))
-            for batch in benchmark.batches[first + accelerator.process_index :][:1]:
-                rows += self._answered(batch, benchmark.spec)
+            # A rank without a batch samples nothing, but samples: weights in shards are gathered by all together.
+            batch = next(iter(benchmark.batches[first + accelerator.process_index :]), _NOTHING)
+            rows += self._answered(batch, benchmark.spec)
         return ranks.gather_lists(accelerator, rows)
 
     def _answered(self, batch: Batch, spec: EvaluateSpec) -> list[dict[str, Any]]:

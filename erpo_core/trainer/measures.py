@@ -1,5 +1,6 @@
 """What is recorded of a step: ERPO's diagnostics, and the invariants of eq. 16 as the optimiser got them."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -9,10 +10,12 @@ from erpo_core.loss import LossTerms
 from erpo_core.trainer.totals import Totals
 
 if TYPE_CHECKING:
+    from erpo_core.generation.base import Sample
     from erpo_core.trainer.batches import MicroBatch, Scored
 
 OF_REFERENCE = ("kl", "kl/exact", "erpo/progress_std", "erpo/progress_snr", "erpo/psi_std", "erpo/frac_silent_buckets")
 """What means nothing where no reference was scored."""
+_RATIO = "sampling/importance_sampling_ratio"
 _MOMENTS = ("erpo/progress_std", "erpo/psi_std")
 """Counted as moments under the name of what they give."""
 
@@ -32,6 +35,35 @@ def count_batch(totals: Totals, batch: "MicroBatch", scored: "Scored", terms: Lo
     _count_progress(totals, signals, mask)
     _count_flips(totals, signals, scored.advantages, mask)
     _count_lengths(totals, batch, mask)
+
+
+def count_completions(totals: Totals, samples: "Sequence[Sample]") -> None:
+    """Count the lengths of the answers that are trained on, under TRL's names."""
+    for name, kept in (("", samples), ("terminated_", [sample for sample in samples if sample.finished])):
+        lengths = [len(sample.token_ids) for sample in kept]
+        totals.add(f"completions/mean_{name}length", sum(lengths), len(lengths))
+        for length in lengths:
+            totals.low(f"completions/min_{name}length", length)
+            totals.peak(f"completions/max_{name}length", length)
+    totals.add("completions/clipped_ratio", sum(not sample.finished for sample in samples), len(samples))
+
+
+@torch.no_grad()
+def count_engine(totals: Totals, batch: "MicroBatch", scored: "Scored") -> None:
+    """Count how far the engine's log-probabilities are from the trainer's, on the tokens that it gave them for."""
+    apart = (scored.logps - batch.engine_logps).abs()[batch.rollouts.mask & ~batch.engine_logps.isnan()]
+    totals.add_values("sampling/logp_difference_mean", apart)
+    if len(apart):
+        totals.peak("sampling/logp_difference_max", apart.max().item())
+
+
+def count_ratios(totals: Totals, ratios: Tensor, clipped: Tensor) -> None:
+    """Count the engine's importance ratios of some tokens, (n,), and which of them were out of bounds."""
+    totals.add_values(f"{_RATIO}/mean", ratios)
+    totals.add_values(f"{_RATIO}/clipped", clipped)
+    if len(ratios):
+        totals.low(f"{_RATIO}/min", ratios.min().item())
+        totals.peak(f"{_RATIO}/max", ratios.max().item())
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from erpo_core.advantages import RELATIVE_TOLERANCE
+from erpo_core.advantages import has_contrast
 from erpo_core.errors import RunError
 from erpo_core.job import Stop
 from erpo_core.records import Event, Progress, Sink
@@ -129,7 +129,7 @@ def _look_at(trainer: "ERPOTrainer", rows: list[dict[str, Any]], start: int) -> 
         truncated=sum(not sample.finished for sample in samples),
         boxed=sum(map(has_answer, texts)),
         right=sum(outcome > 0 for outcome in outcomes),
-        groups_with_spread=sum(_differ(rewards[i : i + count]) for i in range(0, len(rewards), count)),
+        groups_with_spread=int(has_contrast(torch.tensor(rewards).view(-1, count)).sum()),
     )
 
 
@@ -154,13 +154,6 @@ def _rewards(
     names = trainer.reward_func_names
     outcome = names.index(trainer.args.outcome_reward) if trainer.args.outcome_reward in names else 0
     return totals, given[outcome]
-
-
-def _differ(rewards: list[float]) -> bool:
-    """By more than rounding (erpo-spec section 2)."""
-    judged = [reward for reward in rewards if not math.isnan(reward)]
-    scale = max([1.0, *map(abs, judged)])
-    return bool(judged) and max(judged) - min(judged) > RELATIVE_TOLERANCE * scale
 
 
 def _ignore(*_: Any) -> None:

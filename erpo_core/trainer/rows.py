@@ -1,5 +1,7 @@
 """Rows of tokens: from flat scores to (B, T), and over micro-batches of unequal width."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -19,6 +21,15 @@ def spread_scores(scores: TokenScores, mask: Tensor) -> dict[str, Tensor]:
         "kls": torch.zeros_like(apart) if scores.kls is None else scores.kls,
     }
     return {name: spread(values, mask) for name, values in columns.items()}
+
+
+def pad_logps(given: Sequence[Sequence[float] | None], like: Tensor) -> Tensor:
+    """(B, T) float32, as wide as ``like``; NaN behind the end, and where nothing is given."""
+    rows = torch.full(like.shape, torch.nan)
+    for row, logps in enumerate(given):
+        if logps is not None:
+            rows[row, : len(logps)] = torch.tensor(logps)
+    return rows.to(like.device)
 
 
 def stack_rows(rows: list[Tensor], width: int) -> Tensor:

@@ -2,12 +2,10 @@
 
 import math
 import os
-import platform
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import fields
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +22,7 @@ from erpo_core.specs.train import BaseTrainSpec, ErpoTrainSpec, GrpoTrainSpec
 from erpo_core.trainer.callbacks import RecordCallback
 from erpo_core.trainer.config import ERPOConfig
 from erpo_core.trainer.data import load_training_problems, make_dataset, report_dropped, with_completion_length
+from erpo_core.trainer.environment import environment
 from erpo_core.trainer.evaluating import LeftEarlyError, PolicyEvaluation, TrainingBenchmark, load_benchmarks
 from erpo_core.trainer.preflight import run_preflight
 from erpo_core.trainer.trainer import ERPOTrainer
@@ -32,6 +31,7 @@ PASSED_THROUGH = (
     "advantage_clip",
     "algorithm",
     "beta",
+    "dynamic_sampling",
     "epsilon",
     "epsilon_high",
     "generation_batch_size",
@@ -41,6 +41,7 @@ PASSED_THROUGH = (
     "lr_scheduler_type",
     "max_completion_length",
     "max_grad_norm",
+    "max_resample_rounds",
     "max_skipped_steps",
     "max_steps",
     "num_generations",
@@ -59,14 +60,18 @@ PASSED_THROUGH = (
     "trace_groups",
     "use_vllm",
     "vllm_gpu_memory_utilization",
+    "vllm_importance_sampling_clip_max",
+    "vllm_importance_sampling_clip_min",
+    "vllm_importance_sampling_correction",
+    "vllm_importance_sampling_mode",
     "vllm_mode",
+    "vllm_server_base_url",
     "warmup_steps",
     "weight_decay",
 )
 """Fields that mean the same in TrainSpec and ERPOConfig."""
 ERPO_ONLY = tuple(sorted(set(ErpoTrainSpec.model_fields) - set(GrpoTrainSpec.model_fields)))
 """Fields of the algorithm ERPO alone; they pass through as well."""
-_VERSIONS = ("torch", "transformers", "trl", "peft", "accelerate")
 
 
 def run_training(spec: GrpoTrainSpec, inputs: JobInputs, sink: Sink, stop: Stop) -> dict[str, Any]:
@@ -80,7 +85,9 @@ def run_training(spec: GrpoTrainSpec, inputs: JobInputs, sink: Sink, stop: Stop)
     sink.emit(Progress("load", 0, 1))
     with first_process_first():
         path = prepare_model(inputs.model.base, cache_dir=inputs.cache_dir, model_roots=inputs.model_roots)
-    model, tokenizer, info = load_policy(inputs, dtype=_load_dtype(spec, path), trainable=True)
+    model, tokenizer, info = load_policy(
+        inputs, dtype=_load_dtype(spec, path), trainable=True, load_in_4bit=spec.load_in_4bit
+    )
     problems = load_training_problems(spec, inputs, sink)
     dataset, dropped = make_dataset(tokenizer, problems, spec)
     report_dropped(sink, dropped, len(problems), "are too long")
@@ -88,9 +95,8 @@ def run_training(spec: GrpoTrainSpec, inputs: JobInputs, sink: Sink, stop: Stop)
     args = make_config(spec, inputs.work_dir / "checkpoints", bf16=wants_bf16(spec))
     with Verifier() as verifier:
         functions = reward_functions(spec.rewards, verifier)
-        accuracy = next((f for f in functions if hasattr(f, "last_verdicts")), None)
         origin = {name: info[name] for name in ("model_digest", "adapter_digest", "tokenizer_digest", "dtype")}
-        records = RecordCallback(sink, stop, accuracy, origin | {"head_dtype": "float32"})
+        records = RecordCallback(sink, stop, origin | {"head_dtype": "float32"})
         benchmarks = load_benchmarks(spec, inputs, tokenizer, verifier)
         evaluation = PolicyEvaluation(spec, benchmarks, verifier, records, sink, stop)
         trainer = ERPOTrainer(
@@ -211,8 +217,6 @@ def described(
         "model": info,
         "dataset": {"ref": spec.dataset, "digest": problems_digest(problems), "num_problems": len(dataset)},
         "evaluations": {benchmark.label: benchmark.described() for benchmark in benchmarks},
-        "versions": {name: version(name) for name in _VERSIONS} | {"python": platform.python_version()},
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU ({platform.machine()})",
-        "num_threads": torch.get_num_threads(),
         "seed": spec.seed,
+        **environment(),
     }

@@ -11,11 +11,12 @@ TOKEN_COLUMNS = ("entropy", "credit", "gate")
 
 
 class Totals:
-    """Numerators with denominators, largest values, and one row for each token, for what no sum can give."""
+    """Numerators with denominators, extreme values, and one row for each token, for what no sum can give."""
 
     def __init__(self) -> None:
         self._sums: defaultdict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
         self._peaks: dict[str, float] = {}
+        self._lows: dict[str, float] = {}
         self._tokens: list[Tensor] = []
 
     def __bool__(self) -> bool:
@@ -40,22 +41,29 @@ class Totals:
         """Keeps the largest."""
         self._peaks[name] = max(value, self._peaks.get(name, value))
 
+    def low(self, name: str, value: float) -> None:
+        """Keeps the smallest."""
+        self._lows[name] = min(value, self._lows.get(name, value))
+
     def add_tokens(self, *columns: Tensor) -> None:
         """One row for each token, in the order of ``TOKEN_COLUMNS``; (N,) each."""
         self._tokens.append(torch.stack([column.detach().float().cpu() for column in columns], 1))
 
     def merge(self, state: Any) -> None:
         """Take in what another rank has; ``state`` is its :meth:`state`."""
-        sums, peaks, tokens = state
+        sums, peaks, lows, tokens = state
         for name, pair in sums.items():
             self.add(name, *pair)
         for name, value in peaks.items():
             self.peak(name, value)
+        for name, value in lows.items():
+            self.low(name, value)
         self._tokens += tokens
 
     def state(self) -> Any:
         """All of it, picklable."""
-        return {name: tuple(pair) for name, pair in self._sums.items()}, dict(self._peaks), list(self._tokens)
+        sums = {name: tuple(pair) for name, pair in self._sums.items()}
+        return sums, dict(self._peaks), dict(self._lows), list(self._tokens)
 
     def mean(self, name: str) -> float:
         """NaN where nothing was counted."""
@@ -70,9 +78,9 @@ class Totals:
         return (max(self.mean(f"{name}^2") - mean**2, 0.0) * count / (count - correction)) ** 0.5
 
     def means(self) -> dict[str, float]:
-        """Every mean and every largest value."""
+        """Every mean, every largest and every smallest value."""
         plain = {name: self.mean(name) for name in self._sums if not name.endswith("^2")}
-        return plain | self._peaks
+        return plain | self._peaks | self._lows
 
     def tokens(self) -> Tensor:
         """(N, columns) of all tokens."""

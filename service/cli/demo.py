@@ -23,7 +23,7 @@ MODEL = "smollm2-135m"
 TASK = "reasoning-gym:chain_sum?min_terms=2&max_terms=2&min_digits=1&max_digits=2"
 TRAINING_SET = f"{TASK}&size=2000&seed=1"
 HELD_OUT_SET = f"{TASK}&size=64&seed=20260101"
-STEPS = 10
+STEPS = 12
 MAX_COMPLETION_LENGTH = 32
 
 
@@ -116,8 +116,10 @@ def training_spec(steps: int) -> dict[str, Any]:
         "model": MODEL,
         "dataset": TRAINING_SET,
         "prompt": prompt_spec(),
-        "num_generations": 8,
+        # docs/algorithm.md tells of the sweep that eta comes from.
+        "num_generations": 4,
         "generation_batch_size": 32,
+        "synthesis_weight": 0.1,
         "max_completion_length": MAX_COMPLETION_LENGTH,
         "max_steps": steps,
         "learning_rate": 2e-4,
@@ -139,6 +141,7 @@ def evaluation_spec(model: Any, label: str) -> dict[str, Any]:
         "sampling": {"temperature": 1.0, "max_completion_length": MAX_COMPLETION_LENGTH, "seed": 7},
         "num_samples": 2,
         "pass_at": [1, 2],
+        "batch_size": 64,
         "job": {"name": f"Demo: {label} on held-out sums"},
     }
 

@@ -1,4 +1,4 @@
-"""A training that kills itself: ``killed_script.py MODEL OUT [POINT:STEP]`` resumes from what is whole and goes on.
+"""A training that kills itself: a run with MODEL OUT [POINT:STEP] resumes from what is whole and goes on.
 
 Points: ``generate``, ``backward``, ``save`` (transformers' files half written), ``publish`` (all written, no name yet).
 """
@@ -6,11 +6,11 @@ Points: ``generate``, ``backward``, ``save`` (transformers' files half written),
 import json
 import os
 import signal
-import sys
 from pathlib import Path
 
 import torch
 from datasets import Dataset
+from forked import serve
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
@@ -59,7 +59,9 @@ class Log(TrainerCallback):
                 file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
 
 
-def main(model: str, out: Path, death: str = "") -> None:
+def main(model: str, folder: str, death: str = "") -> None:
+    out = Path(folder)
+    out.mkdir(parents=True, exist_ok=True)
     trainer = Mortal(
         model=AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32),
         reward_funcs=reward,
@@ -100,6 +102,4 @@ def main(model: str, out: Path, death: str = "") -> None:
 
 
 if __name__ == "__main__":
-    folder = Path(sys.argv[2])
-    folder.mkdir(parents=True, exist_ok=True)
-    main(sys.argv[1], folder, *sys.argv[3:])
+    serve(main)

@@ -1,20 +1,17 @@
 """A training that is killed with SIGKILL and resumed ends as the one that never was, to the last bit."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from forked import Forked
 
 from erpo_core import checkpoints
 from tiny_model import make_tiny_model
 
 SCRIPT = Path(__file__).with_name("killed_script.py")
-ROOT = Path(__file__).parents[2]
 UNEQUAL = ("time/", "memory/", "step_time", "epoch")
 """What the clock or the address space decides."""
 
@@ -24,25 +21,25 @@ def tiny(tmp_path_factory):
     return make_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
 
 
-def run(tiny, out: Path, death: str = "") -> int:
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "2", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, str(SCRIPT), str(tiny), str(out), *([death] if death else [])]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
-    assert done.returncode in (0, -signal.SIGKILL), done.stderr[-3000:]
-    return done.returncode
+@pytest.fixture(scope="module")
+def whole(tiny, tmp_path_factory):
+    """The training that nobody kills, by another interpreter."""
+    out = tmp_path_factory.mktemp("whole")
+    with Forked(SCRIPT, tmp_path_factory.mktemp("log"), num_threads=2) as script:
+        assert script.run(str(tiny), str(out)) == 0, script.log
+    return out
+
+
+@pytest.fixture(scope="module")
+def mortal(tmp_path_factory):
+    with Forked(SCRIPT, tmp_path_factory.mktemp("log"), num_threads=2) as script:
+        yield script
 
 
 def metrics(out: Path) -> dict[int, dict]:
     """By step; what a resumed run reports again takes the place of what it had reported before."""
     entries = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     return {e["step"]: {n: v for n, v in e.items() if not n.startswith(UNEQUAL)} for e in entries}
-
-
-@pytest.fixture(scope="module")
-def whole(tiny, tmp_path_factory):
-    out = tmp_path_factory.mktemp("whole")
-    assert run(tiny, out) == 0
-    return out
 
 
 @pytest.mark.parametrize(
@@ -52,12 +49,12 @@ def whole(tiny, tmp_path_factory):
         pytest.param(["publish:2", "save:6", "publish:7"], id="between writing and naming"),
     ],
 )
-def test_a_killed_training_ends_as_if_it_had_never_been(tiny, tmp_path, whole, deaths):
+def test_a_killed_training_ends_as_if_it_had_never_been(tiny, tmp_path, whole, mortal, deaths):
     for death in deaths:
-        assert run(tiny, tmp_path, death) == -signal.SIGKILL, death
+        assert mortal.run(str(tiny), str(tmp_path), death) == -signal.SIGKILL, (death, mortal.log)
         left = checkpoints.list_steps(tmp_path)
         assert all(checkpoints.is_whole(checkpoints.checkpoint_folder(tmp_path, step)) for step in left)
-    assert run(tiny, tmp_path) == 0
+    assert mortal.run(str(tiny), str(tmp_path)) == 0, mortal.log
     one, two = (torch.load(out / "end.pt", weights_only=True) for out in (whole, tmp_path))
     assert all(torch.equal(weight, two["weights"][name]) for name, weight in one["weights"].items())
     for index, state in one["optimizer"].items():

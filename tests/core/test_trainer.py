@@ -25,6 +25,7 @@ DERIVED = {
     "prompt",
     "rewards",
     "lora",
+    "load_in_4bit",
     "hardware",
     "job",
     "bf16",

@@ -56,19 +56,25 @@ def answers(prompt_ids) -> list[list[int]]:
     return found
 
 
+def engine_logps(found: list[list[int]]) -> list[list[float]]:
+    """An engine that is far from the policy, so that ratios lie on both sides of both bounds."""
+    return [[-5.0 + (token % 7 - 3) / 2 for token in ids] for ids in found]
+
+
 class FixedTrl(GRPOTrainer):
     def _generate_single_turn(self, prompt_ids, *args, **kwargs):
-        return answers(prompt_ids), None
+        found = answers(prompt_ids)
+        return found, engine_logps(found)
 
 
 class FixedOurs(ERPOTrainer):
     def _generate_single_turn(self, prompt_ids, *args, **kwargs):
         found = answers(prompt_ids)
-        self._samples = [Sample(ids, True) for ids in found]
+        self._samples = [Sample(ids, True, logps) for ids, logps in zip(found, engine_logps(found), strict=True)]
         return found, None
 
 
-def trained(cls, config, model, tiny) -> tuple[dict[str, torch.Tensor], dict]:
+def trained(cls, config, model, tiny, **attributes) -> tuple[dict[str, torch.Tensor], dict]:
     trainer = cls(
         model=model,
         reward_funcs=reward,
@@ -77,6 +83,8 @@ def trained(cls, config, model, tiny) -> tuple[dict[str, torch.Tensor], dict]:
         processing_class=AutoTokenizer.from_pretrained(tiny),
         peft_config=LoraConfig(r=4, target_modules="all-linear"),
     )
+    for name, value in attributes.items():
+        setattr(trainer, name, value)
     before = {n: p.detach().clone() for n, p in trainer.model.named_parameters() if p.requires_grad}
     trainer.train()
     moved = {n: p.detach() - before[n] for n, p in trainer.model.named_parameters() if p.requires_grad}
@@ -98,3 +106,30 @@ def test_grpo_is_trls_grpo(tiny, tmp_path, loss_type, micro_batch):
         torch.testing.assert_close(ours[name], change, atol=1e-5, rtol=1e-4)
     for name in ("reward", "reward_std", "entropy", "kl", "completions/mean_length"):
         assert logged[name] == pytest.approx(told[name], rel=1e-4, abs=1e-5), name
+
+
+@pytest.mark.parametrize("mode", ["token_truncate", "token_mask"])
+def test_the_correction_for_the_engine_is_trls(tiny, tmp_path, mode):
+    """TRL corrects where its own vLLM samples: it is told that it does, and given an engine's log-probabilities."""
+    correction = {
+        "vllm_importance_sampling_correction": True,
+        "vllm_importance_sampling_mode": mode,
+        "vllm_importance_sampling_clip_min": 0.5,
+        "vllm_importance_sampling_clip_max": 2.0,
+    }
+    settings = SETTINGS | {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 2, "loss_type": "dapo"}
+    models = [AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32) for _ in range(3)]
+    config = ERPOConfig(str(tmp_path), algorithm="grpo", use_vllm=True, **settings, **correction)
+    config.use_vllm = False
+    ours, logged = trained(FixedOurs, config, models[0], tiny)
+    theirs, told = trained(
+        FixedTrl, GRPOConfig(str(tmp_path), **settings, **correction), models[1], tiny, use_vllm=True
+    )
+    plain, _ = trained(FixedOurs, ERPOConfig(str(tmp_path), algorithm="grpo", **settings), models[2], tiny)
+    for name, change in theirs.items():
+        torch.testing.assert_close(ours[name], change, atol=1e-5, rtol=1e-4)
+    assert max((change - plain[name]).abs().max() for name, change in theirs.items()) > 1e-3
+    for name in ("min", "mean", "max"):
+        name = f"sampling/importance_sampling_ratio/{name}"
+        assert logged[name] == pytest.approx(told[name], rel=0.1 if name.endswith("mean") else 1e-4), name
+    assert 0 < logged["sampling/importance_sampling_ratio/clipped"] < 1

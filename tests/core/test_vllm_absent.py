@@ -4,13 +4,14 @@ import importlib.util
 
 import pytest
 import torch
+from accelerate import Accelerator
 
 from erpo_core.errors import RunError
 from erpo_core.generation.vllm import VLLMEngine
 from erpo_core.models import load_model
 from erpo_core.specs import parse_spec
 from erpo_core.trainer.config import ERPOConfig
-from erpo_core.trainer.sampling import logp_differences, make_sampler
+from erpo_core.trainer.sampling import make_sampler
 from tiny_model import make_tiny_model
 
 
@@ -29,26 +30,19 @@ def test_training_every_weight_with_vllm_is_refused(tmp_path):
     model, tokenizer = load_model(make_tiny_model(tmp_path / "tiny"), dtype=torch.float32)
     config = ERPOConfig(str(tmp_path), use_vllm=True, use_cpu=True)
     with pytest.raises(ValueError, match="use_vllm: vLLM is sent LoRA adapters"):
-        make_sampler(config, model, tokenizer)
+        make_sampler(config, model, tokenizer, Accelerator(cpu=True))
 
 
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("vllm_mode", "server"),
+        ("vllm_mode", "elsewhere"),
         ("vllm_tensor_parallel_size", 2),
         ("vllm_enable_sleep_mode", True),
         ("vllm_importance_sampling_correction", True),
+        ("vllm_importance_sampling_mode", "sequence_mask"),
     ],
 )
 def test_an_option_of_trls_vllm_that_does_nothing_here_is_refused(name, value):
     with pytest.raises(ValueError, match=name):
         ERPOConfig("out", use_cpu=True, **{name: value})
-
-
-def test_log_probs_are_compared_on_the_tokens_that_count_and_that_the_engine_scored():
-    logps = torch.tensor([[-1.0, -2.0, 0.0], [-1.0, -1.0, -3.0], [-4.0, -4.0, -4.0]])
-    mask = torch.tensor([[True, True, False], [True, True, True], [False, False, False]])
-    given = [[-1.5, -2.0], None, [-9.0, -9.0, -9.0]]
-    assert logp_differences(given, logps, mask).tolist() == [0.5, 0.0]
-    assert logp_differences([None, None, None], logps, mask).tolist() == []

@@ -8,17 +8,18 @@ from test_stack import EVALUATED, SPEC, wait_for
 from service.client import ErpoClient
 
 pytestmark = pytest.mark.timeout(300)
-TWO = SPEC | {"hardware": {"num_gpus": 2, "strategy": "ddp"}, "trace_every": 0} | EVALUATED
 
 
 def ranks(stack) -> list[str]:
     return [p.environ()["RANK"] for p in stack.processes() if "LOCAL_RANK" in p.environ() and p.status() != "zombie"]
 
 
-def test_two_processes_train_one_model_and_leave_together(stack, model_root):
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_two_processes_train_one_model_and_leave_together(stack, model_root, strategy):
+    two = SPEC | {"hardware": {"num_gpus": 2, "strategy": strategy}, "trace_every": 0} | EVALUATED
     stack.start()
     with ErpoClient(stack.url) as client:
-        job = client.train(model=str(model_root / "tiny"), **TWO | {"max_steps": 40})
+        job = client.train(model=str(model_root / "tiny"), **two | {"max_steps": 40})
         wait_for(lambda: client.runs.checkpoints(job.run_id)["data"], 120, stack)
         assert {"0", "1"} <= set(ranks(stack))
         client.jobs.pause(job.id)

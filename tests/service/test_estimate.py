@@ -78,7 +78,20 @@ def test_training_every_weight_takes_a_reference_and_sixteen_bytes_a_parameter()
     assert full["activation_bytes"] is None
 
 
-@pytest.mark.parametrize("change", [{"gradient_checkpointing": True}, {"max_length": 512}, {"num_generations": 4}])
+def test_shards_divide_what_is_not_needed_whole():
+    seven = ModelSize(7_000_000_000)
+    four = {"hardware": {"num_gpus": 4, "strategy": "fsdp2"}}
+    full = training_memory(train_spec(lora=None, **four), seven)
+    assert full["weights_bytes"] == 4 * seven.num_parameters * (1 + 1 / 4)
+    assert full["optimizer_bytes"] == 12 * seven.num_parameters / 4
+    imitating = training_memory(train_spec(algorithm="sft", lora=None, **four), seven)
+    assert imitating["memory_bytes"] == 16 * seven.num_parameters / 4
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"gradient_checkpointing": True}, {"max_length": 512}, {"num_generations": 4}, {"load_in_4bit": True}],
+)
 def test_what_saves_memory_lowers_the_estimate(tiny, change):
     size = model_size(str(tiny), [tiny.parent])
     assert (
@@ -92,6 +105,8 @@ def test_the_papers_setting_on_5580_problems():
     assert (found["steps"], found["completions"]) == (2790, 44_640)
     assert found["completion_tokens"] == 44_640 * 2047
     assert found["traced_sequences"] == 279 * 8
+    again = estimate(train_spec(dynamic_sampling=True, max_resample_rounds=2), 5580)
+    assert (again["steps"], again["completions"]) == (2790, 3 * 44_640)
     assert estimate(train_spec(), None)["steps"] is None
     assert estimate(train_spec(algorithm="sft"), 5580)["steps"] == 349
 

@@ -4,6 +4,7 @@ import re
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import numpy as np
@@ -11,8 +12,10 @@ import pytest
 import uvicorn
 from playwright.sync_api import expect, sync_playwright
 
+from erpo_core.analysis.given_logprobs import run_given_logprobs
 from erpo_core.analysis.perturbation_summary import summarise
 from erpo_core.codec import encode_trace
+from erpo_core.job import JobInputs, ModelInput
 from erpo_core.records import Checkpoint, Completions, Metrics, Progress, Resolved, Result, Trace
 from erpo_core.specs import BranchSpec, EntropySpec, ErpoTrainSpec, PerturbationSpec
 from erpo_core.specs.common import JobOptions
@@ -46,7 +49,7 @@ def service(tmp_path_factory):
     database = Database(settings.database_url)
     database.migrate()
     runs = {"train": _training(database), "entropy": _analysis(database), "other": _analysis(database, shift=0.75)}
-    runs |= {"perturbation": _perturbation(database), "branch": _branch(database)}
+    runs |= {"perturbation": _perturbation(database), "branch": _branch(database), "bounded": _bounded(database)}
     runs["evaluated"] = _evaluated_training(database)
     runs["queued"] = _submit(database, "train", _train_spec(), "Waiting").run_id
     port = free_port("127.0.0.1")
@@ -144,6 +147,16 @@ def _analysis(database: Database, shift: float = 0.0) -> str:
     return _run(database, "entropy", spec, "Analysis", stored)
 
 
+def _bounded(database: Database) -> str:
+    top = [{"token": EVIL, "logprob": -0.3}, {"token": " no", "logprob": -3.0}]
+    content = [{"token": text, "logprob": -0.3, "top_logprobs": top} for text in TOKENS if text]
+    given = {"vocab_size": 1000, "texts": [{"prompt": EVIL, "content": content}]}
+    spec = EntropySpec(model="an engine", logprobs=given)
+    inputs, sent = JobInputs("j", "r", 1, Path("w"), Path("c"), ModelInput("an engine")), []
+    run_given_logprobs(spec, inputs, SimpleNamespace(emit=sent.append), SimpleNamespace(requested=False))
+    return _run(database, "entropy", spec, "Given", sent)
+
+
 def _perturbation(database: Database) -> str:
     spec = PerturbationSpec(model="smollm2-135m", dataset="reasoning-gym:chain_sum")
     rows = [
@@ -209,7 +222,7 @@ def test_the_list_links_to_every_run(service, page):
     assert page.locator(f"a[href='/analyze/entropy/{runs['entropy']}']").count() == 1
     assert page.locator("#jobs tbody tr").count() == len(runs)
     page.get_by_role("button", name="Entropy").click()
-    expect(page.locator("#jobs tbody tr")).to_have_count(2)
+    expect(page.locator("#jobs tbody tr")).to_have_count(3)
 
 
 def test_a_run_shows_curves_answers_traces_and_configuration(service, page):
@@ -336,6 +349,24 @@ def test_another_analysis_of_the_same_tokens_is_a_difference(service, page):
     page.locator("#channels [aria-pressed='true']", has_text="ΔH").wait_for()
 
 
+def test_bounds_are_drawn_as_bounds(service, page):
+    base, runs = service
+    page.goto(f"{base}/analyze/entropy/{runs['bounded']}#n=0&t=3")
+    page.locator("#card .values").wait_for()
+    expect(page.locator("#inexact")).to_contain_text("Not exact")
+    assert page.locator("#channels [aria-pressed='true']").inner_text() == "Entropy, at least"
+    assert page.locator("#curve .band").count() == 1
+    assert "H ≥" in page.locator(".pick").first.inner_text()
+    assert "entropy at least" in page.locator(".token").first.get_attribute("aria-label")
+    card = page.locator("#card").inner_text()
+    assert "Entropy, at least" in card
+    assert "Entropy, at most" in card
+    assert page.locator("#other").is_hidden()
+    page.goto(f"{base}/analyze/entropy/{runs['entropy']}")
+    page.locator(".token").first.wait_for()
+    assert page.locator("#inexact").is_hidden()
+
+
 def test_b_on_a_token_orders_its_branches_once(service, page):
     base, runs = service
     page.goto(f"{base}/analyze/entropy/{runs['entropy']}")
@@ -404,13 +435,14 @@ def test_a_saved_page_works_without_a_service(service, page, tmp_path):
     assert page.locator(".token").first.get_attribute("style")
 
 
-@pytest.mark.parametrize("place", ["list", "run", "analysis", "trace", "perturbation", "branch"])
+@pytest.mark.parametrize("place", ["list", "run", "analysis", "bounded", "trace", "perturbation", "branch"])
 def test_what_a_model_wrote_stays_text(service, page, place):
     base, runs = service
     path, ready = {
         "list": ("/", "#jobs tbody tr"),
         "run": (f"/runs/{runs['train']}", "#completions tbody tr"),
         "analysis": (f"/analyze/entropy/{runs['entropy']}#n=0&t=9", ".alternatives li"),
+        "bounded": (f"/analyze/entropy/{runs['bounded']}#n=0&t=9", ".token"),
         "trace": (f"/runs/{runs['train']}/traces/0#t=9", ".alternatives li"),
         "perturbation": (f"/analyze/perturbation/{runs['perturbation']}", "#examples tbody tr"),
         "branch": (f"/analyze/branch/{runs['branch']}", "#branches > li"),

@@ -95,6 +95,16 @@ def test_the_policy_is_evaluated_by_the_same_engine_and_training_is_as_without(t
     assert rewards["with"] == rewards["without"]
 
 
+def test_the_difference_from_the_engine_can_be_corrected_token_by_token(train):
+    records = train(vllm_importance_sampling_correction=True)
+    steps = [record.values for record in records if isinstance(record, Metrics) and "reward" in record.values]
+    assert len(steps) == 2
+    for values in steps:
+        low, mean, high = (values[f"sampling/importance_sampling_ratio/{name}"] for name in ("min", "mean", "max"))
+        assert 0.99 < low < mean < high < 1.01
+        assert values["sampling/importance_sampling_ratio/clipped"] == 0
+
+
 def test_a_step_on_the_adapter_of_the_step_before_is_refused(train, tmp_path, monkeypatch):
     load, first = VLLMEngine.load_adapter, tmp_path / "first"
 

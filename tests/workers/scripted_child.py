@@ -94,8 +94,8 @@ class Script:
 
 
 def script_of(spec: dict) -> list:
-    """The job's own script, or that of the environment for jobs that came through the API."""
-    return spec.get("script") or json.loads(os.environ["ERPO_SCRIPT"])
+    """The job's own script, or what the file ``ERPO_SCRIPT`` says, for jobs that came through the API."""
+    return spec.get("script") or json.loads(Path(os.environ["ERPO_SCRIPT"]).read_text())
 
 
 def main(path: str) -> None:

@@ -212,3 +212,14 @@ def test_answers_that_are_judged_again_need_neither_the_model_nor_its_files(data
         (1, "q", 4),
     ]
     assert inputs.stored == frozenset()
+
+
+def test_a_server_that_the_worker_does_not_know_is_not_reached(database, settings):
+    url = "http://gpu-7:8000"
+    with database.write() as session:
+        claim = train(session, settings, vllm_server_base_url=url)
+        with pytest.raises(UnknownReferenceError, match="not a vLLM server") as caught:
+            resolve_inputs(session, claim, settings)
+        known = settings.model_copy(update={"vllm_servers": (url,)})
+        assert resolve_inputs(session, claim, known).run_id == claim.run_id
+    assert caught.value.pointer == "/vllm_server_base_url"

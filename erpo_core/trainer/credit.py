@@ -1,0 +1,226 @@
+"""What a trainer makes of the answers: scores of policy and reference, and each token's advantage."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from erpo_core.advantages import ERPOSignals, erpo_advantages, has_contrast
+from erpo_core.logits import TokenScores
+from erpo_core.loss import top_entropy_mask
+from erpo_core.memory import SMALL_MODEL
+from erpo_core.trainer import measures, ranks
+from erpo_core.trainer.batches import MicroBatch, Scored
+from erpo_core.trainer.config import ERPOConfig
+from erpo_core.trainer.noise import measure_noise
+from erpo_core.trainer.reference import Reference
+from erpo_core.trainer.rows import cut_columns, spread_scores, stack_rows
+from erpo_core.trainer.scoring import Rollouts, merge_scores, reference_states, score_rollouts, spread
+from erpo_core.trainer.sharding import is_sharded
+from erpo_core.trainer.state import RunState
+from erpo_core.trainer.totals import Totals
+
+
+class TokenCredit:
+    """A mixin before TRL's trainer: its one advantage an answer becomes one a token."""
+
+    args: ERPOConfig
+    accelerator: Accelerator
+    beta: float
+    run_state: RunState
+    _policy: Any
+    _reference: Reference
+    _totals: Totals
+    _entropy_sums: list[float]
+    _noise_step: int
+    _scores_in_float32: bool
+    _timed: Callable[[str], AbstractContextManager[None]]
+    _autocast: Callable[[bool], AbstractContextManager[None]]
+
+    def _forms_credit_in_the_loss(self) -> bool:
+        """On-policy, with whole groups in each micro-batch: the forward that is differentiated gives all it takes."""
+        on_policy = self.num_iterations == 1 and self.args.steps_per_generation <= self.args.gradient_accumulation_steps
+        return on_policy and self.args.per_device_train_batch_size % self.num_generations == 0
+
+    def _score(self, policy, batch: MicroBatch) -> TokenScores:
+        """Policy and reference on the active tokens; ``logps`` carries gradient where the caller has it enabled."""
+
+        def score(rollouts: Rollouts) -> TokenScores:
+            reference = None
+            if self._needs_reference:
+                with self._timed("reference"), self._reference.of(policy) as model, self._autocast_scoring():
+                    reference = reference_states(model, policy, rollouts)
+            with self._timed("forward"):
+                return self._scores(policy, rollouts, reference)
+
+        with self._deterministic(policy):
+            scores = self._sparing_the_dead(score, batch)
+            if self._noise_is_due():
+                with self._timed("noise"), torch.no_grad():
+                    self._measure_noise(policy, batch.rollouts, scores.logps.detach())
+        return scores
+
+    def _score_again(self, policy, batch: MicroBatch) -> Tensor:
+        """Log-probabilities (B, T) of the policy as it is now, with gradient."""
+        with self._deterministic(policy), self._timed("forward"):
+            scores = self._sparing_the_dead(lambda rollouts: self._scores(policy, rollouts), batch)
+        return spread(scores.logps, batch.rollouts.mask)
+
+    def _sparing_the_dead(self, score: Callable[[Rollouts], TokenScores], batch: MicroBatch) -> TokenScores:
+        """What ``score`` gives; without a KL term the dead groups have no gradient, and so no graph.
+
+        Ranks that share their weights score together, however many of their groups are dead.
+        """
+        rollouts = batch.rollouts
+        if self.beta > 0 or not torch.is_grad_enabled() or is_sharded(self._policy):
+            return score(rollouts)
+        live = self._live_prompts(batch)
+        if live.all():
+            return score(rollouts)
+        with torch.no_grad():
+            dead = score(rollouts.of_groups(~live) if live.any() else rollouts)
+        if not live.any():
+            return dead
+        tokens = live.repeat_interleave(rollouts.num_generations)[:, None].expand_as(rollouts.mask)
+        return merge_scores(score(rollouts.of_groups(live)), dead, tokens[rollouts.mask])
+
+    def _live_prompts(self, batch: MicroBatch) -> Tensor:
+        """(prompts,) bool: whose answers have, or are about to get, an advantage."""
+        count = len(batch.rollouts.prompts)
+        if batch.old is None:
+            return has_contrast(batch.rewards.view(count, -1))
+        return (batch.old.advantages != 0).view(count, -1).any(1)
+
+    def _scores(self, policy, rollouts: Rollouts, reference=None) -> TokenScores:
+        with self._autocast_scoring():
+            return score_rollouts(policy, rollouts, temperature=self.temperature, reference=reference)
+
+    @property
+    def _needs_reference(self) -> bool:
+        return self.args.algorithm == "erpo" or self.beta > 0
+
+    def _score_in_the_loss(self, policy, batch: MicroBatch) -> tuple[Tensor, Scored]:
+        """Log-probabilities (B, T) with gradient, and what follows from them as constants."""
+        mask = batch.rollouts.mask
+        columns = spread_scores(self._score(policy, batch), mask)
+        logps = columns["logps"]
+        columns["logps"] = logps.detach()
+        names = ("entropies", "logps", "ref_logps")
+        signals = self._signals(*(columns[name] for name in names), mask, batch.rewards, batch.outcomes)
+        advantages = self._final(signals, mask, columns["entropies"])
+        return logps, Scored(**columns, signals=signals, advantages=advantages)
+
+    def _score_before_the_loss(self, batches: list[MicroBatch]) -> None:
+        """``old`` of each: groups may lie across micro-batches and ranks."""
+        found = [spread_scores(self._score(self._policy, batch), batch.rollouts.mask) for batch in batches]
+        masks = [batch.rollouts.mask for batch in batches]
+        width = max(mask.shape[1] for mask in masks)
+        columns = [
+            stack_rows([columns[name] for columns in found], width) for name in ("entropies", "logps", "ref_logps")
+        ]
+        mask, rewards = stack_rows(masks, width), torch.cat([batch.rewards for batch in batches])
+        outcomes = torch.cat([batch.outcomes for batch in batches])
+        if len(mask) % self.num_generations:
+            *columns, whole, rewards, outcomes = (
+                ranks.gather_rows(self.accelerator, values) for values in (*columns, mask, rewards, outcomes)
+            )
+            signals = ranks.local_signals(self.accelerator, self._signals(*columns, whole, rewards, outcomes), mask)
+        else:
+            signals = self._signals(*columns, mask, rewards, outcomes)
+        for batch, scores in zip(batches, found, strict=True):
+            rows = slice(batch.first_row, batch.first_row + len(batch.rewards))
+            own = replace(
+                signals, **{name: cut_columns(v[rows], batch.rollouts.mask) for name, v in vars(signals).items()}
+            )
+            advantages = self._final(own, batch.rollouts.mask, scores["entropies"])
+            batch.old = Scored(**scores, signals=own, advantages=advantages)
+
+    def _signals(self, entropies, logps, ref_logps, mask, rewards, outcomes) -> ERPOSignals:
+        """Eqs. 3 and 7-10 for whole groups, and what is counted of them."""
+        args, state = self.args, self.run_state
+        # Scores that are not finite make the loss, and so the step, void; here they must only not raise.
+        signals = erpo_advantages(
+            entropies.nan_to_num(0.0),
+            logps.nan_to_num(0.0),
+            ref_logps.nan_to_num(0.0),
+            mask,
+            rewards,
+            num_generations=self.num_generations,
+            num_buckets=args.num_buckets,
+            gate_scale=args.gate_scale,
+            progress_scale=args.progress_scale,
+            synthesis_weight=args.synthesis_weight,
+            psi_std=args.psi_std,
+            stabilizer=args.stabilizer,
+            progress_noise_floor=self.noise_floor,
+            entropy_mean=state.entropy_mean if args.entropy_stats == "ema" else None,
+            entropy_std=state.entropy_std if args.entropy_stats == "ema" else None,
+            gate=args.gate,
+            anchor=args.anchor,
+            norm=args.norm,
+        )
+        measures.count_groups(self._totals, rewards, outcomes, signals, mask, self.num_generations)
+        live = measures.live_groups(signals.advantages, self.num_generations)
+        if args.algorithm == "erpo":
+            measures.count_invariants(self._totals, "", signals.advantages, live, mask, self.num_generations)
+        wide = entropies[mask & live.repeat_interleave(self.num_generations)[:, None]].detach().double()
+        for index, value in enumerate((len(wide), wide.sum().item(), wide.square().sum().item())):
+            self._entropy_sums[index] += value
+        return signals
+
+    def _final(self, signals: ERPOSignals, mask: Tensor, entropies: Tensor) -> Tensor:
+        """(B, T) advantages as the loss takes them."""
+        advantages = signals.advantages
+        if self.args.algorithm == "grpo":
+            advantages = signals.group_advantages[:, None] * mask
+        # A token without advantage keeps its KL term and its place in the denominators, as in TRL.
+        advantages = advantages * top_entropy_mask(entropies.detach(), mask, self.args.top_entropy_quantile)
+        if self.args.advantage_clip is not None:
+            advantages = advantages.clamp(-self.args.advantage_clip, self.args.advantage_clip)
+        return advantages
+
+    # --- dtype and dropout
+
+    def _autocast_scoring(self):
+        return self._autocast(self.args.bf16 and not self._scores_in_float32)
+
+    @contextmanager
+    def _deterministic(self, model):
+        """Dropout is noise in s: scoring and loss run without it. Layers with no other train mode are not touched."""
+        training = model.training
+        if not self.args.gradient_checkpointing:
+            model.eval()
+        yield
+        model.train(training)
+
+    def _resolve_scoring_dtype(self) -> str:
+        """float32 on the CPU and up to half a billion parameters, where it costs little; erpo-spec section 4."""
+        if self.args.scoring_dtype != "auto":
+            return self.args.scoring_dtype
+        small = self._policy.num_parameters() <= SMALL_MODEL
+        return "float32" if small or self.accelerator.device.type == "cpu" else "bfloat16"
+
+    # --- noise of the progress signal
+
+    @property
+    def noise_floor(self) -> float:
+        """Buckets whose progress spreads no more than this are silent."""
+        wanted = self.args.progress_noise_floor
+        return max(2 * self.run_state.noise, 1e-6) if wanted == "auto" else float(wanted)
+
+    def _noise_is_due(self) -> bool:
+        wanted = self.args.algorithm == "erpo" and self.args.progress_noise_floor == "auto"
+        step = self.state.global_step
+        return wanted and step % self.args.noise_floor_every == 0 and step != self._noise_step
+
+    def _measure_noise(self, policy, rollouts: Rollouts, logps: Tensor) -> None:
+        self._noise_step = self.state.global_step
+        group = rollouts.part(0, rollouts.num_generations)
+        count = int(group.mask.sum())
+        in_step = is_sharded(policy)
+        noise = measure_noise(lambda part: self._scores(policy, part).logps, group, logps[:count], in_step=in_step)
+        self.run_state.noise = self.args.progress_scale * ranks.mean_of(self.accelerator, noise)
