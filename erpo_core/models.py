@@ -243,11 +243,16 @@ def policy_info(inputs: JobInputs, path: Path, *, dtype: Any, device: str) -> di
         "base": inputs.model.base,
         "model_path": str(path),
         "model_digest": folder_digest(path, "*.safetensors"),
-        "adapter_digest": folder_digest(adapter, "adapter_model.safetensors") if adapter else None,
+        "adapter_digest": adapter_digest(adapter),
         "tokenizer_digest": folder_digest(path, "tokenizer*.json"),
         "dtype": str(dtype).removeprefix("torch."),
         "device": device,
     }
+
+
+def adapter_digest(folder: Path | None) -> str | None:
+    """sha256 of an adapter's weights; None without one."""
+    return None if folder is None else folder_digest(folder, "adapter_model.safetensors")
 
 
 def folder_digest(folder: Path, pattern: str) -> str:

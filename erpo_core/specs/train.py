@@ -18,8 +18,20 @@ from erpo_core.specs.common import (
 _REWARDS = (RewardSpec(name="accuracy", weight=1.0), RewardSpec(name="boxed_format", weight=0.2))
 
 
+class EvalSamplingSpec(Spec):
+    """How the evaluations of a training sample; what is null is as in the training itself."""
+
+    temperature: float | None = Field(None, ge=0, le=10, description="0 is greedy decoding.")
+    top_p: float | None = Field(None, gt=0, le=1)
+    top_k: int | None = Field(None, ge=0, description="0 keeps the whole vocabulary.")
+    max_completion_length: int | None = Field(
+        None, ge=1, le=65_536, description="Tokens; null: the training's, as far as `max_length` leaves room for them."
+    )
+    seed: int = Field(0, ge=0, le=2**31 - 1, description="The same at every step.")
+
+
 class BaseTrainSpec(Spec):
-    """What every algorithm has: a model, problems, an optimizer, checkpoints."""
+    """What every algorithm has: a model, problems, an optimizer, checkpoints, evaluations on the way."""
 
     model: ModelRef
     dataset: DatasetRef
@@ -46,6 +58,15 @@ class BaseTrainSpec(Spec):
     save_steps: int = Field(50, ge=1)
     save_total_limit: int = Field(3, ge=1, le=100)
     seed: int = Field(42, ge=0, le=2**31 - 1)
+
+    eval_every: int = Field(
+        0, ge=0, description="Steps between evaluations of the policy, also before the first step and after the last."
+    )
+    eval_benchmarks: tuple[DatasetRef, ...] = Field((), max_length=8, description="What it is evaluated on.")
+    eval_num_samples: int = Field(1, ge=1, le=1024, description="Answers per problem of a benchmark.")
+    eval_limit: int | None = Field(None, ge=1, description="Only the first problems of each benchmark.")
+    eval_sampling: EvalSamplingSpec = EvalSamplingSpec()
+
     hardware: HardwareSpec = HardwareSpec()
     job: JobOptions = JobOptions()
 
@@ -54,6 +75,24 @@ class BaseTrainSpec(Spec):
         if self.load_in_4bit and self.lora is None:
             raise ValueError("load_in_4bit: only frozen weights are held in 4 bits; keep `lora`, or write false")
         return self
+
+    @model_validator(mode="after")
+    def _check_evaluations(self) -> Self:
+        if self.eval_every and not self.eval_benchmarks:
+            raise ValueError("eval_benchmarks: nothing to evaluate on; name a benchmark, or write eval_every 0")
+        if self.eval_benchmarks and not self.eval_every:
+            raise ValueError("eval_every: 0 evaluates never; write the steps between evaluations of eval_benchmarks")
+        if len(set(self.eval_benchmarks)) < len(self.eval_benchmarks):
+            raise ValueError("eval_benchmarks: one is named twice; name each once")
+        if (self.eval_sampling.max_completion_length or 1) >= self.max_length:
+            raise ValueError(
+                "eval_sampling/max_completion_length: must be below max_length, which counts prompt and completion"
+            )
+        return self
+
+    def is_evaluated_at(self, step: int, last_step: int) -> bool:
+        """Whether the policy of this step is evaluated; step 0 is that before the first update."""
+        return bool(self.eval_every) and (step % self.eval_every == 0 or step == last_step)
 
 
 class SftTrainSpec(BaseTrainSpec):

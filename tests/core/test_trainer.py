@@ -32,6 +32,11 @@ DERIVED = {
     "max_length",
     "max_prompt_length",
     "preflight",
+    "eval_every",
+    "eval_benchmarks",
+    "eval_num_samples",
+    "eval_limit",
+    "eval_sampling",
 }
 
 

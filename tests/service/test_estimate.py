@@ -111,6 +111,18 @@ def test_the_papers_setting_on_5580_problems():
     assert estimate(train_spec(algorithm="sft"), 5580)["steps"] == 349
 
 
+def test_evaluations_on_the_way_are_counted():
+    changes = {"eval_every": 1000, "eval_benchmarks": ["amc23", "math500"], "eval_num_samples": 4, "eval_limit": 50}
+    found = estimate(train_spec(**changes), 5580, num_eval_problems=[40, 500])
+    assert found["eval_completions"] == 4 * (40 + 50) * 4, "before the first step, after 1000, 2000 and 2790"
+    assert found["eval_completion_tokens"] == 1440 * 2047
+    short = train_spec(**changes, eval_sampling={"max_completion_length": 100}, algorithm="sft", max_steps=1000)
+    assert estimate(short, None, num_eval_problems=[40, 500])["eval_completion_tokens"] == 2 * 90 * 4 * 100
+    unknown = train_spec(**changes | {"eval_limit": None})
+    assert estimate(unknown, 5580, num_eval_problems=[40, None])["eval_completions"] is None
+    assert "eval_completions" not in estimate(train_spec(), 5580)
+
+
 @pytest.mark.parametrize("algorithm", ["erpo", "sft"])
 def test_a_run_takes_the_steps_that_were_estimated(tiny, tmp_path, algorithm):
     from erpo_core.job import JobInputs, ModelInput
