@@ -93,16 +93,32 @@ def model_root(tmp_path_factory) -> Path:
     return root
 
 
+@pytest.fixture(scope="session")
+def new_stack(tmp_path_factory, model_root, model_cache):
+    """Makes stacks; whatever is left of them at the end of the session is killed."""
+    made = []
+
+    def new() -> Stack:
+        folder = tmp_path_factory.mktemp("stack") / "a data dir"
+        roots = json.dumps([str(model_root)])
+        made.append(Stack(folder, ERPO_MODEL_ROOTS=roots, ERPO_CACHE_DIR=str(model_cache)))
+        return made[-1]
+
+    yield new
+    for stack in made:
+        stack.end()
+
+
 @pytest.fixture
-def stack(tmp_path, model_root):
-    stack = Stack(tmp_path / "a data dir", ERPO_MODEL_ROOTS=json.dumps([str(model_root)]))
+def stack(new_stack):
+    stack = new_stack()
     yield stack
     stack.end()
 
 
 @pytest.fixture(scope="module")
-def shared_stack(tmp_path_factory):
-    """A stack that serves all tests of a module."""
-    stack = Stack(tmp_path_factory.mktemp("shared") / "data")
+def shared_stack(new_stack):
+    """A running stack that serves all tests of a module."""
+    stack = new_stack()
     yield stack.start(300)
     stack.end()
