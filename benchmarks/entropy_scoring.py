@@ -1,24 +1,26 @@
 """Exact per-token entropy: time and peak memory against the bare body, plain logits, and TRL's fused head.
 
-    python benchmarks/entropy_scoring.py                                      # small: 256 tokens
-    python benchmarks/entropy_scoring.py --model smollm2-135m --tokens 2048   # V = 49,152
-    python benchmarks/entropy_scoring.py --model qwen2.5-0.5b --tokens 2048   # V = 151,936
+    python benchmarks/entropy_scoring.py                       # small: SmolLM2's shape, 256 tokens, 2 rounds
+    python benchmarks/entropy_scoring.py --full --write        # V = 49k and V = 152k, 2,048 tokens, into RESULTS.md
 
-Models have random weights of the named shape. Arms, each in a process of its own, float32 throughout:
+Models have random weights of the named shape, float32 throughout. Arms:
 
-- ``body``: the transformer without its head.
-- ``body+gemm``: and one product with the head, in tiles, nothing kept: the floor for any exact entropy.
-- ``ours``: ``erpo_core.logits.score_tokens``: entropy, log p, varentropy, p of the top token, rank.
-- ``log_softmax``: transformers' logits, then log_softmax and the textbook sum: what one writes first.
-- ``trl``: TRL's ``add_fused_lm_head(outputs=("log_probs", "entropy"))``.
+- body: the transformer without its head.
+- body+gemm: and one product with the head, in tiles, nothing kept: the floor for any exact entropy.
+- ours: erpo_core.logits.score_tokens: entropy, log p, varentropy, p of the top token, rank.
+- log_softmax: transformers' logits, log_softmax and the textbook sum: what one writes first.
+- trl: TRL's add_fused_lm_head, entropy and log p.
 
-Prints one JSON document. ``peak_mib`` is the highest resident memory above that of the loaded model (two tokens having
-been scored, so that libraries are warm). ``head_*`` times the head alone on fixed hidden states.
+Every reading is of a process of its own; in each round the arms take turns in random order, and ratios are of the arms
+of one round. A process warms up with one whole run. All arms keep freed memory (page faults would be much of what is
+measured), but for the peak: resident memory above the loaded model, from processes with the usual allocator. Arms whose
+mean entropies differ by more than 1e-3 nats stop the benchmark.
 """
 
 import argparse
 import json
-import resource
+import os
+import random
 import statistics
 import subprocess
 import sys
@@ -26,6 +28,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE))
+ALLOCATOR = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40), "MALLOC_TOP_PAD_": str(2**26)}
 ARMS = ("body", "body+gemm", "ours", "log_softmax", "trl")
 SHAPES = {
     "smollm2-135m": {"vocab_size": 49_152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30}
@@ -34,84 +39,151 @@ SHAPES = {
     | {"num_attention_heads": 14, "num_key_value_heads": 2},
 }
 _TILE_ELEMENTS = 2**24
+_SAME_ENTROPY = 1e-3
+Run = Callable[[], object]
 
 
 def main() -> None:
-    """Measure every arm and print ratios."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=sorted(SHAPES), default="smollm2-135m")
-    parser.add_argument("--tokens", type=int, default=256)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=0, help="0: torch's own choice")
-    parser.add_argument("--arm", choices=ARMS, help="only this arm, in this process")
-    arguments = parser.parse_args()
+    """Measure and report."""
+    arguments = parse()
     if arguments.arm:
-        print(json.dumps(measure(arguments.arm, arguments)))
+        shape = arguments.models[0]
+        found = peak(arguments.arm, shape, arguments) if arguments.peak else seconds(arguments.arm, shape, arguments)
+        print(json.dumps(found))
         return
-    arms = {arm: _in_process_of_its_own(arm) for arm in ARMS}
-    floor, plain, ours = arms["body+gemm"], arms["log_softmax"], arms["ours"]
-    ratios = {
-        "time_to_body_and_gemm": ours["seconds"] / floor["seconds"],
-        "head_time_to_gemm": ours["head_seconds"] / floor["head_seconds"],
-        "speedup_over_log_softmax": plain["seconds"] / ours["seconds"],
-        "speedup_over_trl": arms["trl"]["seconds"] / ours["seconds"],
-        "memory_to_log_softmax": ours["peak_mib"] / plain["peak_mib"],
-        "memory_to_trl": ours["peak_mib"] / max(arms["trl"]["peak_mib"], 0.1),
-    }
-    settings = {
-        "model": arguments.model,
-        "tokens": arguments.tokens,
-        "vocabulary": SHAPES[arguments.model]["vocab_size"],
-    }
-    print(json.dumps(settings | {"arms": arms, "ratios": ratios}, indent=1))
+    import results
+
+    sections = []
+    for shape in arguments.models:
+        sections.append(report(shape, arguments, *read_all(shape, arguments)))
+        print(sections[-1], flush=True)
+    if arguments.write:
+        results.write_section("Entropy scoring", __doc__, "\n\n".join(sections))
 
 
-def _in_process_of_its_own(arm: str) -> dict[str, float]:
-    command = [sys.executable, __file__, *sys.argv[1:], "--arm", arm]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", choices=sorted(SHAPES), default=["smollm2-135m"])
+    parser.add_argument("--tokens", type=int, default=256)
+    parser.add_argument("--rounds", type=int, default=2, help="processes of each arm")
+    parser.add_argument("--repeats", type=int, default=3, help="runs of a process, after the first")
+    parser.add_argument("--threads", type=int, default=0, help="0: torch's own choice")
+    parser.add_argument("--full", action="store_true", help="both shapes, 2,048 tokens, 5 rounds")
+    parser.add_argument("--write", action="store_true", help="into RESULTS.md")
+    parser.add_argument("--arm", choices=ARMS, help=argparse.SUPPRESS)
+    parser.add_argument("--peak", action="store_true", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.full:
+        arguments.models, arguments.tokens, arguments.rounds = sorted(SHAPES, reverse=True), 2048, 5
+    return arguments
+
+
+def read_all(shape: str, arguments: argparse.Namespace) -> tuple[list[dict[str, dict]], dict[str, float]]:
+    """Readings of each round by arm, and the peak of each arm in MiB."""
+    shuffle, rounds = random.Random(1), []
+    for _ in range(arguments.rounds):
+        found = {arm: _apart(arm, shape, arguments) for arm in shuffle.sample(ARMS, len(ARMS))}
+        entropies = {arm: one["mean_entropy"] for arm, one in found.items() if one["mean_entropy"] is not None}
+        if max(entropies.values()) - min(entropies.values()) > _SAME_ENTROPY:
+            raise SystemExit(f"the arms do not compute the same: {entropies}")
+        rounds.append(found)
+    return rounds, {arm: _apart(arm, shape, arguments, "--peak")["peak_mib"] for arm in ARMS}
+
+
+def _apart(arm: str, shape: str, arguments: argparse.Namespace, *more: str) -> dict:
+    command = [sys.executable, __file__, "--arm", arm, "--models", shape, "--tokens", str(arguments.tokens)]
+    command += ["--repeats", str(arguments.repeats), "--threads", str(arguments.threads), *more]
+    environment = os.environ if "--peak" in more else os.environ | ALLOCATOR
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(done.stderr[-2000:])
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def measure(arm: str, arguments: argparse.Namespace) -> dict[str, float]:
-    """Median seconds and peak memory of one arm in this process."""
+def report(shape: str, arguments: argparse.Namespace, rounds: list[dict[str, dict]], peaks: dict[str, float]) -> str:
+    import results
+
+    def paired(top: str, bottom: str, name: str = "seconds") -> str:
+        return results.ratio([(found[top][name], found[bottom][name]) for found in rounds])
+
+    vocabulary, tokens = SHAPES[shape]["vocab_size"], arguments.tokens
+    lines = [
+        f"### {shape}: V = {vocabulary:,}, {tokens:,} tokens",
+        "",
+        f"Medians of {len(rounds)} processes, {arguments.repeats} runs each.",
+        "",
+        "| arm | s | tokens/s | head alone, s | peak above the model, MiB |",
+        "|---|---|---|---|---|",
+    ]
+    for arm in ARMS:
+        whole = results.median([found[arm]["seconds"] for found in rounds])
+        heads = [found[arm]["head_seconds"] for found in rounds if found[arm]["head_seconds"] is not None]
+        head = f"{results.median(heads):.3f}" if heads else ""
+        lines.append(f"| {arm} | {whole:.3f} | {tokens / whole:.0f} | {head} | {peaks[arm]:.0f} |")
+    logits_mib = tokens * vocabulary * 4 / 2**20
+    lines += [
+        "",
+        f"- time, ours / (body + one product with the head): {paired('ours', 'body+gemm')} (target 1.1); "
+        f"the heads alone {paired('ours', 'body+gemm', 'head_seconds')}",
+        f"- time, log_softmax / ours: {paired('log_softmax', 'ours')}; trl / ours: {paired('trl', 'ours')}",
+        f"- memory, ours / log_softmax: {peaks['ours'] / peaks['log_softmax']:.3f} (target 0.1); the body's share is "
+        f"{peaks['body']:.0f} MiB; logits alone, held once, would be {logits_mib:.0f} MiB",
+        f"- memory, ours / trl: {peaks['ours'] / peaks['trl']:.2f}",
+    ]
+    return "\n".join(lines)
+
+
+def seconds(arm: str, shape: str, arguments: argparse.Namespace) -> dict[str, float | None]:
+    """Median seconds of one arm in this process, of its head alone on fixed hidden states, and what it computes."""
     import torch
+
+    run, head = _prepare(arm, shape, arguments)
+    with torch.no_grad():
+        entropies = run()
+        whole = [_timed(run) for _ in range(arguments.repeats)]
+        alone = [_timed(head) for _ in range(arguments.repeats + 1)][1:] if head else []
+    return {
+        "seconds": statistics.median(whole),
+        "head_seconds": statistics.median(alone) if alone else None,
+        "mean_entropy": entropies.mean().item() if isinstance(entropies, torch.Tensor) else None,
+    }
+
+
+def peak(arm: str, shape: str, arguments: argparse.Namespace) -> dict[str, float]:
+    """Resident memory of this process at the peak of one run, above the loaded model; libraries are warm."""
+    import results
+    import torch
+
+    with torch.no_grad():
+        _prepare(arm, "smollm2-135m", argparse.Namespace(**vars(arguments) | {"tokens": 2}))[0]()
+        run, _ = _prepare(arm, shape, arguments)
+        with results.PeakMemory() as memory:
+            run()
+    return {"peak_mib": memory.bytes_above_start / 2**20}
+
+
+def _prepare(arm: str, shape: str, arguments: argparse.Namespace) -> tuple[Run, Run | None]:
+    """What the arm computes for all tokens after the first (its entropies, if any), and its head's part alone."""
+    import torch
+    from transformers import AutoModelForCausalLM, Qwen2Config
 
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
-    model = _model(SHAPES[arguments.model], arguments.tokens)
-    ids = torch.randint(0, model.config.vocab_size, (1, arguments.tokens + 1))
-    run, head = _arm(arm, model, ids)
-    with torch.no_grad():
-        _arm(arm, model, ids[:, :3])[0]()
-        before = _resident_mib()
-        _reset_peak()
-        seconds = [_timed(run) for _ in range(arguments.repeats)]
-        peak = _peak_mib() - before
-        head_seconds = [_timed(head) for _ in range(arguments.repeats)] if head else []
-    return {
-        "seconds": statistics.median(seconds),
-        "tokens_per_second": arguments.tokens / statistics.median(seconds),
-        "head_seconds": statistics.median(head_seconds) if head_seconds else None,
-        "peak_mib": peak,
-        "threads": torch.get_num_threads(),
-    }
+    places = max(4096, arguments.tokens + 1)
+    config = Qwen2Config(**SHAPES[shape], max_position_embeddings=places, tie_word_embeddings=True)
+    model = AutoModelForCausalLM.from_config(config).float().eval()
+    ids = torch.randint(0, config.vocab_size, (1, arguments.tokens + 1))
+    return _arm(arm, model, ids)
 
 
-def _model(shape: dict[str, int], tokens: int):
-    from transformers import AutoModelForCausalLM, Qwen2Config
-
-    config = Qwen2Config(**shape, max_position_embeddings=max(4096, tokens + 1), tie_word_embeddings=True)
-    return AutoModelForCausalLM.from_config(config).float().eval()
-
-
-def _arm(arm: str, model, ids) -> tuple[Callable[[], object], Callable[[], object] | None]:
-    """What the arm computes for all tokens after the first, and its head's part alone on hidden states."""
+def _arm(arm: str, model, ids) -> tuple[Run, Run | None]:
     import torch
 
     from erpo_core.logits import score_tokens
 
     weight, targets = model.get_output_embeddings().weight.detach(), ids[0, 1:]
+    hidden = torch.randn(len(targets), weight.shape[1])
 
     def body():
         return model.model(input_ids=ids, use_cache=False).last_hidden_state[0, :-1]
@@ -123,45 +195,35 @@ def _arm(arm: str, model, ids) -> tuple[Callable[[], object], Callable[[], objec
             part = hidden[start : start + size]
             torch.mm(part, weight.T, out=out[: len(part)])
 
-    def plain(hidden):
-        logps = (hidden @ weight.T).log_softmax(-1)
-        return logps.gather(1, targets[:, None]), -(logps.exp() * logps).sum(-1)
+    def textbook(logits):
+        logps = logits.log_softmax(-1)
+        logps.gather(1, targets[:, None])
+        return -(logps.exp() * logps).sum(-1)
 
-    def ours(hidden):
-        return score_tokens(hidden, weight, targets)
-
-    heads = {"body+gemm": gemm, "ours": ours, "log_softmax": plain}
     if arm == "trl":
         from trl.trainer.utils import add_fused_lm_head
 
         add_fused_lm_head(model, cast_lm_head_to_fp32=True, outputs=("log_probs", "entropy"))
-        return lambda: model(input_ids=ids, labels=ids, fused_lm_head=True, use_cache=False), None
-    if arm == "body":
-        return body, None
-    with torch.no_grad():
-        hidden = torch.randn(len(targets), weight.shape[1])
-    return lambda: heads[arm](body()), lambda: heads[arm](hidden)
+        return lambda: model(input_ids=ids, labels=ids, fused_lm_head=True, use_cache=False).entropy[0], None
+    runs: dict[str, tuple[Run, Run | None]] = {
+        "body": (lambda: (body(), None)[1], None),
+        "body+gemm": (lambda: gemm(body()), lambda: gemm(hidden)),
+        "ours": (
+            lambda: score_tokens(body(), weight, targets).entropies,
+            lambda: score_tokens(hidden, weight, targets),
+        ),
+        "log_softmax": (
+            lambda: textbook(model(input_ids=ids, use_cache=False).logits[0, :-1]),
+            lambda: textbook(hidden @ weight.T),
+        ),
+    }
+    return runs[arm]
 
 
-def _timed(run: Callable[[], object]) -> float:
+def _timed(run: Run) -> float:
     start = time.perf_counter()
     run()
     return time.perf_counter() - start
-
-
-def _resident_mib() -> float:
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * resource.getpagesize() / 2**20
-
-
-def _reset_peak() -> None:
-    """Linux: VmHWM begins anew at the present resident size."""
-    Path("/proc/self/clear_refs").write_text("5")
-
-
-def _peak_mib() -> float:
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    return int(line.split()[1]) / 1024
 
 
 if __name__ == "__main__":

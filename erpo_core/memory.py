@@ -15,6 +15,8 @@ SMALL_MODEL = 500_000_000
 """Parameters up to which ``scoring_dtype="auto"`` is float32."""
 _SIZE_IN_NAME = re.compile(r"(?<![\w.])(\d+(?:\.\d+)?)([BM])(?![A-Za-z0-9])", re.IGNORECASE)
 _GRADIENT_AND_ADAM_BYTES = 12
+_BYTES_IN_4BIT = 0.75
+"""A parameter; embeddings, head and norms are not in 4 bits."""
 _ACTIVATION_BYTES = 34
 """In 16 bits a token, layer and unit of hidden size, with fused attention (arXiv 2205.05198, section 4.1)."""
 
@@ -68,18 +70,23 @@ def training_memory(spec: BaseTrainSpec, size: ModelSize) -> dict[str, int | Non
     """Bytes on one CUDA device; on a CPU, where everything is float32, weights, cache and activations take up to twice.
 
     Returns:
-        ``num_parameters``; ``weights_bytes``, a frozen reference included; ``optimizer_bytes``, gradients and Adam's
-        moments; ``kv_cache_bytes`` and ``activation_bytes``, None where the model's shape is not known;
-        ``memory_bytes``, the sum of the known ones.
+        ``num_parameters``; ``weights_bytes``, a frozen reference included: the policy's are whole to sample from,
+        however they are sharded; ``optimizer_bytes``, gradients and Adam's moments; ``kv_cache_bytes`` and
+        ``activation_bytes``, None where the model's shape is not known; ``memory_bytes``, the sum of the known ones.
     """
     width = 2 if _holds_bf16(spec, size) else 4
-    full_copies = 1 if spec.lora is not None or not isinstance(spec, GrpoTrainSpec) else 2
+    if spec.load_in_4bit:
+        width = _BYTES_IN_4BIT
+    devices = max(1, spec.hardware.num_gpus)
+    shards = devices if spec.hardware.strategy == "fsdp2" else 1
+    samples = isinstance(spec, GrpoTrainSpec)
+    copies = (1 if samples else 1 / shards) + (1 / shards if samples and spec.lora is None else 0)
     shape = size.shape
     trained = size.num_parameters if spec.lora is None else _adapter_parameters(spec, shape)
     parts = {
-        "weights_bytes": size.num_parameters * width * full_copies + (0 if spec.lora is None else 4 * trained),
-        "optimizer_bytes": trained * _GRADIENT_AND_ADAM_BYTES,
-        "kv_cache_bytes": None if shape is None else _cache_bytes(spec, shape),
+        "weights_bytes": round(size.num_parameters * width * copies) + (0 if spec.lora is None else 4 * trained),
+        "optimizer_bytes": trained * _GRADIENT_AND_ADAM_BYTES // shards,
+        "kv_cache_bytes": None if shape is None else _cache_bytes(spec, shape) // devices,
         "activation_bytes": None if shape is None else _activation_bytes(spec, shape),
     }
     return {"num_parameters": size.num_parameters, **parts, "memory_bytes": sum(filter(None, parts.values()))}

@@ -72,7 +72,9 @@ def _sequences(session: Session, run_id: str) -> Iterator[dict[str, Any]]:
     while True:
         page = trace_rows.list_sequences(session, run_id, cursor=cursor, limit=_PAGE)
         for row in page.rows:
-            values = trace_rows.trace_reader(session, row).columns(["entropy"])["entropy"].astype(np.float64)
+            reader = trace_rows.trace_reader(session, row)
+            channel = trace_rows.entropy_channel(reader)
+            values = reader.columns([channel])[channel].astype(np.float64)
             values[row.origin.get("special_positions") or []] = np.nan
             yield {"n": row.n, "group": row.group, "num_tokens": row.num_tokens, "entropies": values}
         if (cursor := page.next_cursor) is None:

@@ -21,7 +21,7 @@ _PAGE = 200
 
 
 def write_parquet(database: Database, run_id: str, path: Path) -> None:
-    """One row per token: n, position, token, token_id, is_pivot and the channels; row groups of some 64k tokens.
+    """One row per token: n, position, token, is_pivot, the token's id and its channels; row groups of some 64k tokens.
 
     Raises:
         RequestError: ``format_unavailable``: pyarrow is not installed.
@@ -42,7 +42,7 @@ def write_parquet(database: Database, run_id: str, path: Path) -> None:
         "rank": pyarrow.uint16(),
     }
     kinds = integers | {"token": pyarrow.string(), "is_pivot": pyarrow.bool_()}
-    columns = ("n", "position", "token", "token_id", "is_pivot", *names)
+    columns = ("n", "position", "token", "is_pivot", *map(_singular, names))
     schema = pyarrow.schema([(name, kinds.get(name, pyarrow.float32())) for name in columns])
     with pyarrow.parquet.ParquetWriter(path, schema, compression="zstd") as writer:
         held, tokens = [], 0
@@ -57,7 +57,7 @@ def write_parquet(database: Database, run_id: str, path: Path) -> None:
 
 
 def write_npz(database: Database, run_id: str, path: Path) -> None:
-    """``offsets`` (sequences + 1), the channels and ``token_ids`` of all tokens in a row, ``pivots`` (bool).
+    """``offsets`` (sequences + 1), ``token_ids`` and the channels of all tokens in a row, ``pivots`` (bool).
 
     Loads with ``numpy.load(path)``: no pickled objects. The member ``sequences.jsonl`` holds n, prompt and completion.
     """
@@ -69,7 +69,7 @@ def write_npz(database: Database, run_id: str, path: Path) -> None:
                 file.write(json.dumps(facts).encode() + b"\n")
         offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
         _write_long(archive, "offsets", len(offsets), iter([offsets]))
-        for name in ("token_ids", *_channels(database, run_id)):
+        for name in _channels(database, run_id):
             _write_long(archive, name, int(offsets[-1]), _one_channel(database, run_id, name))
         _write_long(archive, "pivots", int(offsets[-1]), _each(database, run_id, _pivot_mask))
 
@@ -86,11 +86,14 @@ def _write_long(archive: zipfile.ZipFile, name: str, size: int, parts: Iterator[
 
 
 def _channels(database: Database, run_id: str) -> list[str]:
-    """The channels of an analysis: every sequence of it has the same."""
+    """The stored columns of an analysis, ids of tokens included: every sequence of it has the same."""
     with database.read() as session:
         page = trace_rows.list_sequences(session, run_id, limit=1)
-        found = trace_rows.trace_reader(session, page.rows[0]).channels if page.rows else []
-    return [name for name in found if name != "token_ids"]
+        return trace_rows.trace_reader(session, page.rows[0]).channels if page.rows else []
+
+
+def _singular(name: str) -> str:
+    return "token_id" if name == "token_ids" else name
 
 
 def _each(database: Database, run_id: str, read: Callable[[Session, Any], Any]) -> Iterator[Any]:
@@ -126,14 +129,13 @@ def _pivot_mask(session: Session, row: Any) -> np.ndarray:
 
 def _token_columns(database: Database, run_id: str, names: list[str]) -> Iterator[dict[str, Any]]:
     def read(session: Session, row: Any) -> dict[str, Any]:
-        columns = trace_rows.trace_reader(session, row).columns(["token_ids", *names])
+        columns = trace_rows.trace_reader(session, row).columns(names)
         return {
             "n": np.full(row.num_tokens, row.n, np.int32),
             "position": np.arange(row.num_tokens, dtype=np.int32),
             "token": trace_rows.token_texts(session, run_id, row.n),
-            "token_id": columns["token_ids"],
             "is_pivot": _pivot_mask(session, row),
-            **{name: _wide(columns[name]) for name in names},
+            **{_singular(name): _wide(columns[name]) for name in names},
         }
 
     return _each(database, run_id, read)

@@ -21,6 +21,7 @@ class Settings(BaseSettings):
     artifacts_dir: Path | None = Field(None, description="Checkpoints and uploads, shared by API and workers.")
     cache_dir: Path | None = Field(None, description="Prepared models; may be emptied at will.")
     data_root: Path | None = Field(None, description="Folder of the JSONL files that `data:<file>` names.")
+    vllm_servers: tuple[str, ...] = Field((), description="Base URLs of vLLM servers that jobs may name (JSON list).")
     model_roots: tuple[Path, ...] = Field((), description="Folders below which local models may be named (JSON list).")
 
     host: str = "127.0.0.1"

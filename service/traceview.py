@@ -13,6 +13,16 @@ from service.shape import finite, numbers
 MAX_TOKENS = 65_536
 
 
+def is_exact(run: Any) -> bool:
+    """Are an analysis's entropies exact? Of given top-k log-probabilities they are only known to lie in intervals."""
+    return not run.spec.get("logprobs")
+
+
+def lower_bounds(items: list[dict[str, Any]], *names: str) -> list[dict[str, Any]]:
+    """Items whose ``names`` hold what entropies are at least: called so, and no entropy is given."""
+    return [item | dict.fromkeys(names) | {f"{name}_low": item[name] for name in names} for item in items]
+
+
 def sequence_json(row: Any) -> dict[str, Any]:
     """A sequence without its tokens."""
     return {
@@ -29,6 +39,7 @@ def sequence_json(row: Any) -> dict[str, Any]:
         "advantage": finite(row.advantage),
         "stats": finite(row.stats or {}),
         "group_stats": finite(row.group_stats or {}),
+        "exact": row.origin.get("exact", True),
     }
 
 
@@ -40,16 +51,19 @@ def tokens_json(session: Session, row: Any, channels: list[str] | None, start: i
     """
     start, end = bounds(row, start, end)
     columns = read_columns(session, row, channels, start, end)
-    ids = columns.pop("token_ids")
+    ids = columns.pop("token_ids", None)
+    exact = row.origin.get("exact", True)
+    pivots = [pivot_json(pivot) for pivot in trace_rows.list_pivots(session, row, start, end)]
     return {
         "n": row.n,
         "start": start,
         "end": end,
         "tokens": list(row.tokens or ())[start:end],
-        "token_ids": ids.tolist(),
+        "token_ids": None if ids is None else ids.tolist(),
         "channels": {name: numbers(column) for name, column in columns.items()},
-        "pivots": [pivot_json(pivot) for pivot in trace_rows.list_pivots(session, row, start, end)],
+        "pivots": pivots if exact else lower_bounds(pivots, "entropy"),
         "group_stats": finite(row.group_stats or {}),
+        "exact": exact,
     }
 
 
@@ -61,7 +75,7 @@ def bounds(row: Any, start: int, end: int | None) -> tuple[int, int]:
 
 
 def read_columns(session: Session, row: Any, channels: list[str] | None, start: int, end: int) -> dict[str, np.ndarray]:
-    """``token_ids`` and the channels, of the range; reads only the blocks that hold it."""
+    """``token_ids``, where they are known, and the channels, of the range; reads only the blocks that hold it."""
     reader = trace_rows.trace_reader(session, row)
     unknown = sorted(set(channels or ()) - set(reader.channels))
     if unknown:
@@ -70,8 +84,10 @@ def read_columns(session: Session, row: Any, channels: list[str] | None, start: 
             pointer="/query/channels",
             mend=f"choose among {', '.join(reader.channels)}",
         )
-    names = None if channels is None else ["token_ids", *(name for name in channels if name != "token_ids")]
-    return reader.columns(names, start, end)
+    if channels is None:
+        return reader.columns(None, start, end)
+    ids = [name for name in reader.channels if name == "token_ids"]
+    return reader.columns([*ids, *(name for name in channels if name != "token_ids")], start, end)
 
 
 def pivot_json(row: Any) -> dict[str, Any]:

@@ -61,3 +61,25 @@ def make_tiny_model(path: Path | str, *, seed: int = 0, num_layers: int = 2, hid
     model.save_pretrained(path)
     tokenizer.save_pretrained(path)
     return Path(path)
+
+
+def teach(path: Path, problem: str, answer: str) -> None:
+    """Let a saved model learn one answer by heart, so that it solves the problem."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from erpo_core.prompts import prompt_ids
+    from erpo_core.specs.common import PromptSpec
+
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(path), AutoTokenizer.from_pretrained(path)
+    prompt = prompt_ids(tokenizer, problem, PromptSpec())
+    ids = torch.tensor([prompt + tokenizer(answer + "<|im_end|>", add_special_tokens=False)["input_ids"]])
+    labels = ids.clone()
+    labels[:, : len(prompt)] = -100
+    torch.manual_seed(0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(60):
+        optimizer.zero_grad()
+        model(ids, labels=labels).loss.backward()
+        optimizer.step()
+    model.save_pretrained(path)

@@ -116,7 +116,7 @@ def _prctl(option: int, value: int) -> None:
 
 
 def ranks_of(launcher: int) -> list[psutil.Process]:
-    """The processes that torchrun has started for a job; none where the job is one process."""
+    """The processes that the launcher has started for a job; none where the job is one process."""
     found = []
     with contextlib.suppress(psutil.Error):
         for process in psutil.Process(launcher).children():

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from erpo_core.analysis.checked import checked_rows, is_right
 from erpo_core.analysis.scoring import best_tokens, score_answer
 from erpo_core.analysis.statistics import wilson_interval
 from erpo_core.errors import SpecError
@@ -19,8 +20,8 @@ from erpo_core.job import JobInputs, Stop
 from erpo_core.models import load_policy
 from erpo_core.prompts import prompt_ids, stop_token_ids
 from erpo_core.records import Completions, Progress, Resolved, Result, Sink
-from erpo_core.rewards.answers import extract_boxed, has_answer
-from erpo_core.rewards.verify import Verdict, Verifier
+from erpo_core.rewards.answers import extract_boxed
+from erpo_core.rewards.verify import Verifier
 from erpo_core.specs.branch import BranchSpec
 from erpo_core.specs.common import PromptSpec
 
@@ -125,7 +126,7 @@ class _Tree:
         self.prefix = inputs.source["token_ids"][: spec.position]
         self.gold = spec.gold or inputs.source["gold"]
         self.rows: dict[str, list[dict[str, Any]]] = {}
-        for row in inputs.stored_rows:
+        for row in sorted(inputs.stored_rows, key=lambda row: row["sample"]):
             self.rows.setdefault(row["prompt_id"], []).append(row)
 
     def grow(self, branches: Sequence[Branch], sink: Sink, stop: Stop) -> bool:
@@ -162,33 +163,15 @@ class _Tree:
         return {branch.key(self.spec.position): self._rows(branch, found) for branch, found in tails.items()}
 
     def _rows(self, branch: Branch, tails: Sequence[tuple[list[int], bool]]) -> list[dict[str, Any]]:
-        answers = [[*self.prefix, branch.token_id, *tail] for tail, _ in tails]
-        # PostgreSQL's text holds no NUL character.
-        texts = [self.engine.tokenizer.decode(ids, skip_special_tokens=True).replace("\0", "\ufffd") for ids in answers]
-        verdicts: Sequence[Verdict | None] = [None] * len(texts)
-        if self.gold:
-            verdicts = self.verifier.check_many([(self.gold, text) for text in texts])
-        rows = []
-        for number, (ids, text, verdict, (_, finished)) in enumerate(zip(answers, texts, verdicts, tails, strict=True)):
-            right = None if verdict is None else float(verdict is Verdict.RIGHT and finished)
-            rows.append(
-                {
-                    "prompt_id": branch.key(self.spec.position),
-                    "group": 0,
-                    "sample": number,
-                    "prompt": self.problem,
-                    "completion": text,
-                    "gold": self.gold,
-                    "rewards": {} if right is None else {"accuracy": right},
-                    "reward": right,
-                    "advantage": None,
-                    "verdict": None if verdict is None else str(verdict),
-                    "boxed": has_answer(text),
-                    "truncated": not finished,
-                    "num_tokens": len(ids),
-                }
-            )
-        return rows
+        return checked_rows(
+            self.verifier,
+            self.engine.tokenizer,
+            [([*self.prefix, branch.token_id, *tail], finished) for tail, finished in tails],
+            prompt_id=branch.key(self.spec.position),
+            group=0,
+            prompt=self.problem,
+            gold=self.gold,
+        )
 
 
 def _outcome(branch: Branch, found: Sequence[dict[str, Any]], gold: str | None) -> dict[str, Any]:
@@ -206,7 +189,7 @@ def _outcome(branch: Branch, found: Sequence[dict[str, Any]], gold: str | None) 
         "rate": None,
     }
     if gold:
-        right = sum(row["verdict"] == "right" and not row["truncated"] for row in found)
+        right = sum(map(is_right, found))
         low, high = wilson_interval(right, len(found))
         outcome |= {"right": right, "rate": {"value": right / len(found), "low": low, "high": high}}
     return outcome

@@ -1,8 +1,11 @@
-"""One entropy analysis: answers given or sampled, scored by one teacher-forced pass, stored with their pivots."""
+"""One entropy analysis: answers given or sampled, scored by one teacher-forced pass, stored with their pivots.
+
+Answers are stored as they are scored, and an attempt goes on from what earlier ones have stored: a batch is sampled
+with the seed of its place, and only if an answer of it is missing; what is stored is not scored again.
+"""
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable
 from importlib.metadata import version
 from typing import Any
 
@@ -10,32 +13,23 @@ import numpy as np
 import torch
 
 from erpo_core.analysis.detectors import DETECTOR_VERSION, find_pivots
-from erpo_core.analysis.scoring import Scored, score_answer, trace_of
-from erpo_core.analysis.statistics import sequence_stats
-from erpo_core.data.datasets import load_problems
-from erpo_core.errors import SpecError
+from erpo_core.analysis.entropy_answers import (
+    Answer,
+    check_given,
+    check_room,
+    given_answers,
+    problems_of,
+    sampled_answers,
+)
+from erpo_core.analysis.scoring import Scored, countable_tokens, score_answer, trace_of
+from erpo_core.analysis.statistics import sequence_stats, top_pivot_tokens
+from erpo_core.analysis.stored import StoredTrace, stored_traces
 from erpo_core.generation.transformers import TransformersEngine
 from erpo_core.job import JobInputs, Stop
 from erpo_core.models import load_policy
-from erpo_core.prompts import prompt_ids, stop_token_ids
+from erpo_core.prompts import stop_token_ids
 from erpo_core.records import Progress, Resolved, Result, Sink
-from erpo_core.specs.common import PromptSpec
 from erpo_core.specs.entropy import EntropySpec
-
-_TOP_TOKENS = 20
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What is scored. ``pointer``: where the specification names it."""
-
-    problem: str
-    group: int
-    sample: int
-    prompt_tokens: list[int]
-    token_ids: list[int]
-    pointer: str
-    gold: str | None = None
 
 
 def run_entropy(spec: EntropySpec, inputs: JobInputs, sink: Sink, stop: Stop) -> dict[str, Any]:
@@ -45,18 +39,29 @@ def run_entropy(spec: EntropySpec, inputs: JobInputs, sink: Sink, stop: Stop) ->
     ``{"prompt", "completion", "gold"}``.
 
     Raises:
-        SpecError: a text is empty, longer than the model's context, or holds turns of a chat. Nothing is scored then.
+        SpecError: a text is empty, or longer than the model's context, or holds turns of a chat; or a prompt leaves no
+            room for a sampled answer. Nothing is scored then.
     """
     started = time.monotonic()
     sink.emit(Progress("load", 0, 1))
     dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
     model, tokenizer, info = load_policy(inputs, dtype=dtype)
     model.eval()
-    sink.emit(Resolved({"model": info, "versions": {n: version(n) for n in ("torch", "transformers", "peft")}}))
-    answers = _given(spec, inputs, tokenizer) or _sampled(spec, inputs, model, tokenizer, sink)
-    for answer in answers:
-        _check(answer, tokenizer, getattr(model.config, "max_position_embeddings", None))
-    summary = _Analysis(spec, model, tokenizer, info, sink).run(answers, stop)
+    stored = stored_traces(inputs)
+    versions = {name: version(name) for name in ("torch", "transformers", "peft")}
+    sink.emit(Resolved({"model": info, "versions": versions, "stored_answers": len(stored)}))
+    room = getattr(model.config, "max_position_embeddings", None)
+    if spec.prompts or spec.dataset:
+        problems = problems_of(spec, inputs, tokenizer)
+        check_room(spec, problems, room)
+        total = len(problems) * spec.num_samples
+        engine, stop_ids = TransformersEngine(model, tokenizer), stop_token_ids(tokenizer)
+        answers = sampled_answers(spec, problems, engine, stop_ids, stored, sink, stop)
+    else:
+        answers = given_answers(spec, inputs, tokenizer)
+        total = len(answers)
+        check_given(answers, tokenizer, room)
+    summary = _Analysis(spec, model, tokenizer, info, stored, sink).run(answers, total, stop)
     if summary is None:
         return {"stopped": True}
     summary |= {"seconds": time.monotonic() - started}
@@ -65,32 +70,57 @@ def run_entropy(spec: EntropySpec, inputs: JobInputs, sink: Sink, stop: Stop) ->
 
 
 class _Analysis:
-    def __init__(self, spec: EntropySpec, model, tokenizer, info: dict[str, Any], sink: Sink) -> None:
+    def __init__(self, spec: EntropySpec, model, tokenizer, info: dict[str, Any], stored, sink: Sink) -> None:
         self.spec, self.model, self.tokenizer, self.info, self.sink = spec, model, tokenizer, info, sink
+        self.stored: dict[tuple[str, int], StoredTrace] = stored
+        self.answers: list[Answer] = []
         self.entropies: list[np.ndarray] = []
-        self.pivots: dict[str, list[float]] = {}
+        self.pivots: list[list[dict[str, Any]]] = []
 
-    def run(self, answers: Sequence[Answer], stop: Stop) -> dict[str, Any] | None:
+    def run(self, answers: Iterable[Answer], total: int, stop: Stop) -> dict[str, Any] | None:
         """The summary; None if asked to leave. Hidden states of one answer at a time are alive.
 
-        Where pivots depend on other answers, each is scored a second time once they are known.
+        Where pivots depend on other answers, answers are stored without any at first; those in which some are found at
+        the end are scored a second time, for their alternatives.
         """
-        by_itself = self.spec.detector.scope == "sequence"
-        for done, answer in enumerate(answers):
+        for answer in answers:
             if stop.requested:
                 return None
-            scored = self._score(answer)
-            self.entropies.append(np.where(scored.countable, scored.columns["entropy"], np.nan))
-            if by_itself:
-                self._store(scored, find_pivots(self.entropies[-1:], self.spec.detector, seed=done)[0])
-            self.sink.emit(Progress("score", done + 1, len(answers)))
-        if not by_itself:
-            pivots = find_pivots(self.entropies, self.spec.detector, [answer.group for answer in answers])
-            for answer, positions in zip(answers, pivots, strict=True):
-                if stop.requested:
-                    return None
-                self._store(self._score(answer), positions)
+            self._add(answer)
+            self.sink.emit(Progress("score", len(self.answers), total))
+        if len(self.answers) < total or not self._find_pivots_over_all(stop):
+            return None
         return self._summary()
+
+    def _add(self, answer: Answer) -> None:
+        stored = self.stored.get(answer.key)
+        if stored is not None and stored.token_ids == answer.token_ids:
+            self._keep(answer, stored.entropies)
+            self.pivots.append(stored.pivots)
+            return
+        scored = self._score(answer)
+        self._keep(answer, scored.columns["entropy"])
+        positions = np.array([], dtype=np.int64)
+        if self.spec.detector.scope == "sequence":
+            positions = find_pivots(self.entropies[-1:], self.spec.detector, seed=len(self.answers) - 1)[0]
+        self.pivots.append(self._store(scored, positions))
+
+    def _keep(self, answer: Answer, entropies: np.ndarray) -> None:
+        self.answers.append(answer)
+        self.entropies.append(np.where(countable_tokens(self.tokenizer, answer.token_ids), entropies, np.nan))
+
+    def _find_pivots_over_all(self, stop: Stop) -> bool:
+        """For detectors of a group or of the whole run; false if asked to leave."""
+        if self.spec.detector.scope == "sequence":
+            return True
+        found = find_pivots(self.entropies, self.spec.detector, [answer.group for answer in self.answers])
+        for index, positions in enumerate(found):
+            if [pivot["position"] for pivot in self.pivots[index]] != positions.tolist():
+                if stop.requested:
+                    return False
+                self.pivots[index] = self._store(self._score(self.answers[index]), positions)
+            self.sink.emit(Progress("pivots", index + 1, len(found)))
+        return True
 
     def _score(self, answer: Answer) -> Scored:
         return score_answer(
@@ -106,95 +136,23 @@ class _Analysis:
             gold=answer.gold,
         )
 
-    def _store(self, scored: Scored, positions: np.ndarray) -> None:
+    def _store(self, scored: Scored, positions: np.ndarray) -> list[dict[str, Any]]:
         options = {"temperature": self.spec.temperature, "top_k": self.spec.top_k_alternatives}
         trace = trace_of(self.model, self.tokenizer, scored, positions, self.info, **options)
-        for pivot in trace.meta["pivots"]:
-            self.pivots.setdefault(pivot["token"], []).append(pivot["entropy"])
         self.sink.emit(trace)
+        return trace.meta["pivots"]
 
     def _summary(self) -> dict[str, Any]:
         joined = np.concatenate(self.entropies) if self.entropies else np.array([])
         counted = joined[~np.isnan(joined)]
         stats, _ = sequence_stats(counted)
-        ranked = sorted(self.pivots.items(), key=lambda item: (-len(item[1]), -max(item[1])))[:_TOP_TOKENS]
+        pivots = [pivot for found in self.pivots for pivot in found]
         return {
+            "exact": True,
             "num_sequences": len(self.entropies),
             "num_tokens": len(counted),
             "entropy": {name.removeprefix("h_"): value for name, value in stats.items()},
-            "num_pivots": sum(map(len, self.pivots.values())),
-            "top_pivot_tokens": [{"token": token, "count": len(h), "max_entropy": max(h)} for token, h in ranked],
+            "num_pivots": len(pivots),
+            "top_pivot_tokens": top_pivot_tokens(pivots),
             "detector_version": DETECTOR_VERSION,
         }
-
-
-def _given(spec: EntropySpec, inputs: JobInputs, tokenizer) -> list[Answer]:
-    """Answers that need no sampling: texts of the request, or stored ones of a run."""
-    if spec.source:
-        prompt_spec = PromptSpec.model_validate(inputs.source["prompt_spec"])
-        pairs = [(row["prompt"], row["completion"], row["gold"]) for row in inputs.source["answers"]]
-    else:
-        prompt_spec, pairs = spec.prompt, [(pair.prompt, pair.response, None) for pair in spec.texts]
-    pointer = "/source" if spec.source else "/texts/{}/response"
-    groups: dict[str, int] = {}
-    samples: dict[int, int] = {}
-    answers = []
-    for index, (problem, text, gold) in enumerate(pairs):
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-        if spec.source and not ids:
-            continue  # A sampled answer may be nothing but its end.
-        group = groups.setdefault(problem, len(groups)) if spec.source else index
-        samples[group] = samples.get(group, -1) + 1
-        prompt = prompt_ids(tokenizer, problem, prompt_spec)
-        answers.append(Answer(problem, group, samples[group], prompt, ids, pointer.format(index), gold))
-    return answers
-
-
-def _sampled(spec: EntropySpec, inputs: JobInputs, model, tokenizer, sink: Sink) -> list[Answer]:
-    problems: Sequence[tuple[str, str | None]] = [(problem, None) for problem in spec.prompts]
-    if spec.dataset:
-        roots = {"data_root": inputs.data_root, "cache_dir": inputs.cache_dir}
-        found = load_problems(spec.dataset, limit=spec.limit, **roots)
-        problems = [(problem.problem, problem.answer) for problem in found]
-    prompts = [prompt_ids(tokenizer, problem, spec.prompt) for problem, _ in problems]
-    engine, sampling, answers = TransformersEngine(model, tokenizer), spec.sampling, []
-    size = max(1, spec.batch_size // spec.num_samples)
-    for start in range(0, len(prompts), size):
-        groups = engine.generate(
-            prompts[start : start + size],
-            n=spec.num_samples,
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            top_k=sampling.top_k,
-            max_new_tokens=sampling.max_completion_length,
-            stop_ids=stop_token_ids(tokenizer),
-            seed=sampling.seed + start,
-        )
-        for group, samples in enumerate(groups, start):
-            pointer = "/dataset" if spec.dataset else f"/prompts/{group}"
-            problem, gold = problems[group]
-            answers += [
-                Answer(problem, group, number, prompts[group], sample.token_ids, pointer, gold)
-                for number, sample in enumerate(samples)
-            ]
-        sink.emit(Progress("generate", min(start + size, len(prompts)), len(prompts)))
-    return answers
-
-
-def _check(answer: Answer, tokenizer, limit: int | None) -> None:
-    if not answer.token_ids:
-        raise SpecError("an empty response", pointer=answer.pointer, mend="give some text")
-    length = len(answer.prompt_tokens) + len(answer.token_ids)
-    if limit is not None and length > limit:
-        raise SpecError(
-            f"prompt and answer have {length} tokens, the model's context holds {limit}",
-            pointer=answer.pointer,
-            mend="shorten the text",
-        )
-    special = set(tokenizer.all_special_ids) & set(answer.token_ids[:-1])
-    if special:
-        raise SpecError(
-            f"the response holds {tokenizer.decode(sorted(special))!r} before its end: it does not follow the template",
-            pointer=answer.pointer,
-            mend="give the answer alone; the template puts the turns around it",
-        )

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from erpo_core.analysis.checked import is_right
 from erpo_core.paired import holm, mcnemar_exact, minimum_detectable, paired_difference, sign_flip_test
 from erpo_core.passk import bootstrap_interval
 from erpo_core.specs.perturbation import PerturbationSpec
@@ -31,7 +32,7 @@ def summarise(rows: Sequence[Row], facts: Sequence[Row], spec: PerturbationSpec)
     by_arm: dict[str, list[Row]] = {arm: [] for arm in spec.arms}
     for row in rows:
         group, arm = row["prompt_id"].split("/")[:2]
-        outcomes[arm].setdefault(int(group), []).append(row["verdict"] == "right" and not row["truncated"])
+        outcomes[arm].setdefault(int(group), []).append(is_right(row))
         by_arm[arm].append(row)
     groups = sorted(set.intersection(*(set(found) for found in outcomes.values())))
     accuracy = {arm: np.array([np.mean(found[g]) for g in groups]) for arm, found in outcomes.items()}

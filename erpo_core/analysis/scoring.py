@@ -64,9 +64,18 @@ def score_answer(
         with model.disable_adapter():
             _, base = _pass(model, prompt_tokens, token_ids, temperature)
         columns["progress"] = _numpy(scores.logps - base.logps)
+    return Scored(prompt, group, sample, token_ids, columns, countable_tokens(tokenizer, token_ids), hidden, gold)
+
+
+def countable_tokens(tokenizer, token_ids: list[int]) -> np.ndarray:
+    """(tokens,) bool, false on special tokens."""
     special = set(tokenizer.all_special_ids)
-    countable = np.array([token not in special for token in token_ids])
-    return Scored(prompt, group, sample, token_ids, columns, countable, hidden, gold)
+    return np.array([token not in special for token in token_ids])
+
+
+def prompt_id(group: int) -> str:
+    """Names a group of answers in stored records."""
+    return f"prompt-{group}"
 
 
 def _pass(model, prompt_tokens: list[int], token_ids: list[int], temperature: float) -> tuple[Any, TokenScores]:
@@ -101,7 +110,7 @@ def trace_of(
     stats, histogram = sequence_stats(entropies[scored.countable])
     alternatives = _alternatives(model, tokenizer, scored, pivots, top_k, temperature)
     meta = {
-        "prompt_id": f"prompt-{scored.group}",
+        "prompt_id": prompt_id(scored.group),
         "group": scored.group,
         "sample": scored.sample,
         "prompt": scored.prompt,

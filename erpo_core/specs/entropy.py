@@ -1,6 +1,6 @@
 """The body of `POST /analyze/entropy`."""
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -17,6 +17,11 @@ from erpo_core.specs.common import (
 
 _TURN_MARKERS = ("<|im_start|>", "<|start_header_id|>", "<start_of_turn>")
 _MAX_SEQUENCES = 10_000
+_MAX_TOKEN_CHARS = 1000
+UNKNOWN_LOGPROB = -9999.0
+"""What engines give for a token that is not among the likeliest."""
+
+Token = Annotated[str, Field(max_length=_MAX_TOKEN_CHARS)]
 
 
 class TextPair(Spec):
@@ -46,10 +51,47 @@ class AnswerSource(Spec):
     limit: int = Field(200, ge=1, le=_MAX_SEQUENCES, description="Answers at most, in the order they were stored.")
 
 
+class LikelyToken(Spec):
+    """A token that an engine lists at a place, with its log-probability."""
+
+    token: Token
+    logprob: float = Field(le=1e-3, description="Nats.")
+    bytes: tuple[Annotated[int, Field(ge=0, le=255)], ...] | None = Field(
+        None, max_length=_MAX_TOKEN_CHARS, description="Its UTF-8, where a character has several tokens."
+    )
+
+    @property
+    def utf8(self) -> bytes:
+        """Its bytes: perhaps a part of a character."""
+        return self.token.encode() if self.bytes is None else bytes(self.bytes)
+
+
+class GivenToken(LikelyToken):
+    """A written token. ``logprob`` of -9999 or less: not given, it was not among the likeliest."""
+
+    top_logprobs: tuple[LikelyToken, ...] = Field(
+        min_length=1, max_length=1000, description="The likeliest tokens here, the written one among them if it is one."
+    )
+
+
+class GivenText(Spec):
+    """An answer as an engine gave it: ``choices[0].logprobs.content`` of a chat completion, and perhaps its prompt."""
+
+    content: tuple[GivenToken, ...] = Field(min_length=1)
+    prompt: str = Field("", max_length=200_000)
+
+
+class GivenLogprobs(Spec):
+    """Top-k log-probabilities in place of a model's pass: entropies are known to lie in intervals, never exactly."""
+
+    vocab_size: int = Field(ge=1, le=10_000_000, description="Tokens of the engine's vocabulary.")
+    texts: tuple[GivenText, ...] = Field(min_length=1, max_length=_MAX_SEQUENCES)
+
+
 class EntropySpec(Spec):
     """Per-token entropy by one teacher-forced pass: of given texts, of stored answers, or of sampled ones.
 
-    Exactly one of ``prompts``, ``texts``, ``dataset`` and ``source`` says of what.
+    Exactly one of ``prompts``, ``texts``, ``dataset``, ``source`` and ``logprobs`` says of what.
     """
 
     model: ModelRef
@@ -59,6 +101,11 @@ class EntropySpec(Spec):
     limit: int = Field(100, ge=1, le=_MAX_SEQUENCES, description="`dataset`: problems at most, by order of the file.")
     source: AnswerSource | None = Field(
         None, description="Stored answers, under the prompt of the run that sampled them; `prompt` is not used."
+    )
+    logprobs: GivenLogprobs | None = Field(
+        None,
+        description="Raw top-k log-probabilities that another engine gave. Nothing is scored: `model` and "
+        "`temperature` only say what they are of, and each token gets a certified interval (`exact` is false).",
     )
     prompt: PromptSpec = PromptSpec()
     sampling: SamplingSpec = SamplingSpec()
@@ -73,9 +120,10 @@ class EntropySpec(Spec):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if sum(map(bool, (self.prompts, self.texts, self.dataset, self.source))) != 1:
+        if sum(map(bool, (self.prompts, self.texts, self.dataset, self.source, self.logprobs))) != 1:
             raise ValueError(
-                "prompts: give either `prompts` or `dataset` (answers are sampled), or `texts` or `source` (nothing is)"
+                "prompts: give either `prompts` or `dataset` (answers are sampled), or `texts` or `source` (nothing "
+                "is), or `logprobs`"
             )
         for index, pair in enumerate(self.texts):
             found = next((marker for marker in _TURN_MARKERS if marker in pair.response), None)

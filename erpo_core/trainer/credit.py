@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from erpo_core.advantages import ERPOSignals, erpo_advantages
+from erpo_core.advantages import ERPOSignals, erpo_advantages, has_contrast
 from erpo_core.logits import TokenScores
 from erpo_core.loss import top_entropy_mask
 from erpo_core.memory import SMALL_MODEL
@@ -19,7 +19,8 @@ from erpo_core.trainer.config import ERPOConfig
 from erpo_core.trainer.noise import measure_noise
 from erpo_core.trainer.reference import Reference
 from erpo_core.trainer.rows import cut_columns, spread_scores, stack_rows
-from erpo_core.trainer.scoring import Rollouts, reference_states, score_rollouts
+from erpo_core.trainer.scoring import Rollouts, merge_scores, reference_states, score_rollouts, spread
+from erpo_core.trainer.sharding import is_sharded
 from erpo_core.trainer.state import RunState
 from erpo_core.trainer.totals import Totals
 
@@ -47,17 +48,52 @@ class TokenCredit:
 
     def _score(self, policy, batch: MicroBatch) -> TokenScores:
         """Policy and reference on the active tokens; ``logps`` carries gradient where the caller has it enabled."""
-        reference = None
-        with self._deterministic(policy):
+
+        def score(rollouts: Rollouts) -> TokenScores:
+            reference = None
             if self._needs_reference:
                 with self._timed("reference"), self._reference.of(policy) as model, self._autocast_scoring():
-                    reference = reference_states(model, policy, batch.rollouts)
+                    reference = reference_states(model, policy, rollouts)
             with self._timed("forward"):
-                scores = self._scores(policy, batch.rollouts, reference)
+                return self._scores(policy, rollouts, reference)
+
+        with self._deterministic(policy):
+            scores = self._sparing_the_dead(score, batch)
             if self._noise_is_due():
                 with self._timed("noise"), torch.no_grad():
                     self._measure_noise(policy, batch.rollouts, scores.logps.detach())
         return scores
+
+    def _score_again(self, policy, batch: MicroBatch) -> Tensor:
+        """Log-probabilities (B, T) of the policy as it is now, with gradient."""
+        with self._deterministic(policy), self._timed("forward"):
+            scores = self._sparing_the_dead(lambda rollouts: self._scores(policy, rollouts), batch)
+        return spread(scores.logps, batch.rollouts.mask)
+
+    def _sparing_the_dead(self, score: Callable[[Rollouts], TokenScores], batch: MicroBatch) -> TokenScores:
+        """What ``score`` gives; without a KL term the dead groups have no gradient, and so no graph.
+
+        Ranks that share their weights score together, however many of their groups are dead.
+        """
+        rollouts = batch.rollouts
+        if self.beta > 0 or not torch.is_grad_enabled() or is_sharded(self._policy):
+            return score(rollouts)
+        live = self._live_prompts(batch)
+        if live.all():
+            return score(rollouts)
+        with torch.no_grad():
+            dead = score(rollouts.of_groups(~live) if live.any() else rollouts)
+        if not live.any():
+            return dead
+        tokens = live.repeat_interleave(rollouts.num_generations)[:, None].expand_as(rollouts.mask)
+        return merge_scores(score(rollouts.of_groups(live)), dead, tokens[rollouts.mask])
+
+    def _live_prompts(self, batch: MicroBatch) -> Tensor:
+        """(prompts,) bool: whose answers have, or are about to get, an advantage."""
+        count = len(batch.rollouts.prompts)
+        if batch.old is None:
+            return has_contrast(batch.rewards.view(count, -1))
+        return (batch.old.advantages != 0).view(count, -1).any(1)
 
     def _scores(self, policy, rollouts: Rollouts, reference=None) -> TokenScores:
         with self._autocast_scoring():
@@ -185,5 +221,6 @@ class TokenCredit:
         self._noise_step = self.state.global_step
         group = rollouts.part(0, rollouts.num_generations)
         count = int(group.mask.sum())
-        noise = measure_noise(lambda part: self._scores(policy, part).logps, group, logps[:count]) if count else 0.0
+        in_step = is_sharded(policy)
+        noise = measure_noise(lambda part: self._scores(policy, part).logps, group, logps[:count], in_step=in_step)
         self.run_state.noise = self.args.progress_scale * ranks.mean_of(self.accelerator, noise)

@@ -6,6 +6,8 @@ import torch
 from transformers import TrainerCallback
 
 from erpo_core.errors import RunError
+from erpo_core.trainer.ranks import total_of
+from erpo_core.trainer.sharding import local
 
 if TYPE_CHECKING:
     from erpo_core.trainer.trainer import ERPOTrainer
@@ -22,21 +24,27 @@ class SkipNonFinite(TrainerCallback):
         self._trainer = trainer
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        gradients = [p.grad for p in model.parameters() if p.grad is not None]
-        if not gradients or torch.isfinite(torch.stack([g.float().norm() for g in gradients]).sum()):
+        gradients = {name: local(p.grad) for name, p in model.named_parameters() if p.grad is not None}
+        norms = [gradient.float().norm() for gradient in gradients.values()]
+        fine = not norms or bool(torch.isfinite(torch.stack(norms).sum()))
+        if not any(self._on_all_ranks([not fine])):
             return
-        bad = [name for name, p in model.named_parameters() if p.grad is not None and not _finite(p.grad)]
+        flags = self._on_all_ranks([not _finite(gradient) for gradient in gradients.values()])
+        bad = [name for name, flag in zip(gradients, flags, strict=True) if flag]
         # The optimizer leaves parameters without a gradient as they are, its moments and weight decay included.
         model.zero_grad(set_to_none=True)
         self._trainer.run_state.skipped_steps += 1
         if self._trainer.run_state.skipped_steps > args.max_skipped_steps:
-            weights = [name for name, p in model.named_parameters() if p.requires_grad and not _finite(p)]
+            weights = [name for name, p in model.named_parameters() if p.requires_grad and not _finite(local(p))]
             raise RunError(
                 f"{self._trainer.run_state.skipped_steps} steps had a gradient that is not finite, the last one step "
                 f"{state.global_step + 1}: {len(bad)} gradients, first {', '.join(bad[:3])}; "
                 f"weights that are not finite: {', '.join(weights[:3]) or 'none'}",
                 code="nonfinite_loss",
             )
+
+    def _on_all_ranks(self, flags: list[bool]) -> list[float]:
+        return total_of(self._trainer.accelerator, [float(flag) for flag in flags])
 
 
 class SaveAtBoundaries(TrainerCallback):

@@ -10,6 +10,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from erpo_core.advantages import ERPOSignals
+from erpo_core.trainer.sharding import is_sharded
 from erpo_core.trainer.totals import Totals
 
 
@@ -49,19 +50,26 @@ def gather_list(accelerator: Accelerator, values: list) -> list:
 def sum_gradients(accelerator: Accelerator, model: torch.nn.Module) -> None:
     """The gradients of all ranks, added up in place: the loss's weights are those of the whole step already.
 
-    The model is called below DDP's wrapper, which therefore reduces nothing by itself.
+    The model is called below DDP's wrapper, which therefore reduces nothing by itself; FSDP2 gives the ranks' mean.
+    Where no answer reached a parameter its gradient is 0, not absent: the optimizer's moments go on.
     """
-    if accelerator.num_processes == 1:
-        return
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in parameters:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
-    for dtype in {parameter.grad.dtype for parameter in parameters}:
-        gradients = [parameter.grad for parameter in parameters if parameter.grad.dtype == dtype]
-        flat = torch.cat([gradient.flatten() for gradient in gradients])
+    if is_sharded(model):
+        for parameter in parameters:
+            parameter.grad *= accelerator.num_processes
+    elif accelerator.num_processes > 1:
+        _all_reduce([parameter.grad for parameter in parameters])
+
+
+def _all_reduce(gradients: list[Tensor]) -> None:
+    for dtype in {gradient.dtype for gradient in gradients}:
+        alike = [gradient for gradient in gradients if gradient.dtype == dtype]
+        flat = torch.cat([gradient.flatten() for gradient in alike])
         dist.all_reduce(flat)
-        for gradient, total in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+        for gradient, total in zip(alike, flat.split([g.numel() for g in alike]), strict=True):
             gradient.copy_(total.view_as(gradient))
 
 
@@ -73,6 +81,11 @@ def gather_totals(accelerator: Accelerator, totals: Totals) -> Totals:
     for state in gather_object([totals.state()]):
         whole.merge(state)
     return whole
+
+
+def gather_lists(accelerator: Accelerator, items: list[Any]) -> list[Any]:
+    """The lists of all ranks, one after the other."""
+    return items if accelerator.num_processes == 1 else gather_object(items)
 
 
 def mean_of(accelerator: Accelerator, value: float) -> float:

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from erpo_core.trainer import sharding
+
 REFERENCE_ADAPTER = "ref"
 
 
@@ -27,6 +29,11 @@ class Reference:
             _copy_adapter(model)
             self._adapter = REFERENCE_ADAPTER
 
+    def shard(self, accelerator: Any) -> None:
+        """Spread a copy of its own over the ranks, as the policy is; what is part of the policy is so already."""
+        if self._frozen is not None:
+            self._frozen = sharding.shard(accelerator, self._frozen)
+
     @contextmanager
     def of(self, policy: Any) -> Iterator[Any]:
         """The reference as a model, for as long as the policy is not used."""
@@ -44,12 +51,17 @@ class Reference:
                     policy.set_adapter("default")
 
     def fingerprint(self, policy: Any) -> str:
-        """Of every weight that must never change, by the sums of their bits: a read of the memory, no copy of it."""
+        """Of every weight that must never change, by the sums of their bits: a read of the memory, no copy of it.
+
+        The same in shards, where all ranks must ask for it.
+        """
         model = policy if self._frozen is None else self._frozen
+        sharding.reshard(model)
+        frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
+        sums = sharding.total([_sum_of_bits(sharding.local(p)) for p in frozen.values()], model)
         digest = hashlib.sha256()
-        for name, parameter in model.named_parameters():
-            if not parameter.requires_grad:
-                digest.update(f"{name} {tuple(parameter.shape)} {_sum_of_bits(parameter)}\n".encode())
+        for (name, parameter), bits in zip(frozen.items(), sums, strict=True):
+            digest.update(f"{name} {tuple(parameter.shape)} {bits}\n".encode())
         return digest.hexdigest()
 
 

@@ -1,22 +1,32 @@
 """Engines that sample from the policy as it is now."""
 
 import shutil
-from collections.abc import Callable, Iterator
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
 from erpo_core.errors import RunError
 from erpo_core.generation.adapters import digest_of, scaled_pairs
-from erpo_core.generation.base import Engine
+from erpo_core.generation.base import Engine, Sample
 from erpo_core.generation.snapshot import PolicySnapshot
 from erpo_core.generation.transformers import TransformersEngine
+from erpo_core.trainer.scoring import pad_rollouts, score_rollouts
+from erpo_core.trainer.sharding import gathered, is_sharded, whole, whole_weights
+
+_PROBE = "A train leaves at 9:40 and arrives at 13:15. How long does it take? It takes 3 hours and 35 minutes.\n"
+MOST_APART = 0.1
+"""Nats a token, on average, between server and policy: bfloat16 gives about a tenth of it."""
 
 
-def make_sampler(args: Any, policy: Any, tokenizer: Any, *, num_processes: int = 1) -> Callable[[Any], Engine]:
-    """A function that gives, for the policy, an engine with its current weights.
+def make_sampler(args: Any, policy: Any, tokenizer: Any, accelerator: Accelerator) -> Callable[[Any], Engine]:
+    """A function that gives, for the policy, an engine with its current weights. All ranks must call it together.
 
     Raises:
         ValueError: ``use_vllm`` with a policy that vLLM cannot follow, by name.
@@ -24,7 +34,14 @@ def make_sampler(args: Any, policy: Any, tokenizer: Any, *, num_processes: int =
     """
     if not args.use_vllm:
         return TransformersSampler(policy, tokenizer)
-    _check_policy(policy, num_processes)
+    _check_policy(policy)
+    folder = Path(args.output_dir) / ".vllm-adapters"
+    if args.vllm_mode == "server":
+        from erpo_core.generation.vllm_server import VLLMServer
+
+        url = args.vllm_server_base_url or f"http://{args.vllm_server_host}:{args.vllm_server_port}"
+        server = VLLMServer(url, logps=True, timeout=args.vllm_server_timeout)
+        return ServerSampler(server, folder, accelerator, tokenizer(_PROBE)["input_ids"])
     from erpo_core.generation.vllm import VLLMEngine
 
     dtype = torch.bfloat16 if args.bf16 else policy.dtype
@@ -37,22 +54,38 @@ def make_sampler(args: Any, policy: Any, tokenizer: Any, *, num_processes: int =
         logps=True,
         gpu_memory_utilization=args.vllm_gpu_memory_utilization,
     )
-    return VLLMSampler(engine, dtype, Path(args.output_dir) / ".vllm-adapters")
+    return VLLMSampler(engine, dtype, folder / f"rank-{accelerator.process_index}")
 
 
 class TransformersSampler:
-    """The policy itself; on a CPU a copy of it that decodes faster, where there is one that samples the same."""
+    """The policy itself; on a CPU a copy of it that decodes faster, where there is one that samples the same.
+
+    A policy in shards samples with its weights gathered: the ranks end their answers at different times.
+    """
 
     def __init__(self, policy: Any, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
-        self._snapshot = PolicySnapshot(policy) if PolicySnapshot.suits(policy) else None
+        suits = not is_sharded(policy) and PolicySnapshot.suits(policy)
+        self._snapshot = PolicySnapshot(policy) if suits else None
 
     def __call__(self, policy: Any) -> Engine:
         """The engine, at the policy's version."""
+        if is_sharded(policy):
+            self._snapshot = None  # it holds the weights as they were before they were sharded
+            return GatheredEngine(policy, self._tokenizer)
         if self._snapshot is None:
             return TransformersEngine(policy, self._tokenizer)
         self._snapshot.refresh()
         return TransformersEngine(self._snapshot.model, self._tokenizer)
+
+
+class GatheredEngine(TransformersEngine):
+    """Has the weights of a sharded model whole while it samples. All ranks must sample together."""
+
+    def generate(self, prompts: Sequence[Sequence[int]], **call: Any) -> list[list[Sample]]:
+        """As :class:`TransformersEngine`."""
+        with gathered(self.model):
+            return super().generate(prompts, **call)
 
 
 class VLLMSampler:
@@ -65,10 +98,8 @@ class VLLMSampler:
     def __init__(self, engine: Any, dtype: torch.dtype, folder: Path) -> None:
         self.engine = engine
         self._dtype = dtype
-        self._folder = folder
-        self._version = 0
+        self._folders = VersionFolders(folder)
         self._sent: str | None = None
-        shutil.rmtree(folder, ignore_errors=True)
 
     def __call__(self, policy: Any) -> Engine:
         """The engine, at the policy's version.
@@ -78,23 +109,124 @@ class VLLMSampler:
         """
         expected = policy_digest(policy, self._dtype)
         if expected != self._sent:
-            self._send(policy)
+            with self._folders.next() as folder:
+                write_adapter(policy, folder)
+                self.engine.load_adapter(folder)
             self._sent = expected
         if self.engine.adapter_digest() != expected:
             raise RunError(
-                f"vLLM does not hold version {self._version} of the adapter, which it was sent: answers would come "
-                "from another policy than the one that is trained",
+                f"vLLM does not hold version {self._folders.version} of the adapter, which it was sent: answers would "
+                "come from another policy than the one that is trained",
                 code="stale_adapter",
             )
         return self.engine
 
+
+class ServerSampler:
+    """Keeps a vLLM server at the policy's adapter: the first rank sends it, all ranks sample.
+
+    A server does not say what it holds. What it must say right are the log-probabilities of a fixed text: they are
+    compared with the policy's, with those of the version before, and with the base model's.
+    """
+
+    def __init__(self, server: Any, folder: Path, accelerator: Accelerator, probe: list[int]) -> None:
+        self.engine = server
+        self._accelerator = accelerator
+        self._folders = VersionFolders(folder)
+        self._probe = probe
+        self._run = broadcast_object_list([uuid.uuid4().hex[:12]])[0]
+        accelerator.wait_for_everyone()  # all have emptied the folder before the first one writes
+        self._sent: str | None = None
+        self._others: dict[str, Tensor] = {}
+        """What the probe would be if the server held something else."""
+
+    def __call__(self, policy: Any) -> Engine:
+        """The server, at the policy's version.
+
+        Raises:
+            RunError: ``stale_adapter``: the server's log-probabilities are not the policy's; ``adapter_unsupported``;
+                ``engine_unavailable``.
+        """
+        digest = policy_digest(policy, torch.float32)
+        if digest != self._sent:
+            self._send(policy)
+            self._check(policy)
+            self._sent = digest
+        return self.engine
+
     def _send(self, policy: Any) -> None:
-        previous = self._folder / f"version-{self._version}"
-        self._version += 1
-        current = self._folder / f"version-{self._version}"
-        policy.save_pretrained(current, selected_adapters=["default"], save_embedding_layers=False)
-        self.engine.load_adapter(current)
+        before = self._name()
+        with self._folders.next() as folder:
+            first = self._accelerator.is_main_process
+            write_adapter(policy, folder, keep=first)
+            if first:
+                self.engine.load_adapter(folder, self._name())
+            self._accelerator.wait_for_everyone()
+        self.engine.use_adapter(self._name())
+        if first:
+            self.engine.unload_adapter(before)
+
+    def _name(self) -> str:
+        return f"erpo-{self._run}-{self._folders.version}"
+
+    def _check(self, policy: Any) -> None:
+        if not self._others:
+            with policy.disable_adapter():
+                self._others["the base model"] = self._logps(policy)
+        ours = self._logps(policy)
+        theirs = torch.tensor(self.engine.prompt_logps(self._probe))
+        apart = _apart(theirs, ours)
+        for name, other in self._others.items():
+            nearer = _apart(theirs, other)
+            if nearer < apart and _apart(ours, other) > 2 * nearer:
+                raise RunError(
+                    f"the vLLM server answers as {name} does, not as version {self._folders.version} of the adapter, "
+                    f"which it was sent (log-probabilities of a fixed text: {nearer:.2g} and {apart:.2g} nats apart)",
+                    code="stale_adapter",
+                )
+        if not apart <= MOST_APART:
+            raise RunError(
+                f"the log-probabilities of the vLLM server and of the policy are {apart:.2g} nats apart on a fixed "
+                f"text, more than {MOST_APART}: it serves another base model than {policy.config._name_or_path}, or "
+                "in too low a precision",
+                code="stale_adapter",
+            )
+        self._others["the version before"] = ours
+
+    @torch.no_grad()
+    def _logps(self, policy: Any) -> Tensor:
+        """(len(probe) - 1,), at temperature 1, on the CPU."""
+        rollouts = pad_rollouts([self._probe[:1]], [self._probe[1:]], 0, policy.device)
+        training = policy.training
+        policy.eval()
+        found = score_rollouts(policy, rollouts, temperature=1.0).logps.cpu()
+        policy.train(training)
+        return found
+
+
+class VersionFolders:
+    """A folder for each version of an adapter: engines know an adapter by its path. Only the last one is kept."""
+
+    def __init__(self, parent: Path) -> None:
+        self.version = 0
+        self._parent = parent
+        shutil.rmtree(parent, ignore_errors=True)
+
+    @contextmanager
+    def next(self) -> Iterator[Path]:
+        """A new version's folder; the one before it is removed once the new one is in use."""
+        previous = self._parent / f"version-{self.version}"
+        self.version += 1
+        yield self._parent / f"version-{self.version}"
         shutil.rmtree(previous, ignore_errors=True)
+
+
+def write_adapter(policy: Any, folder: Path, *, keep: bool = True) -> None:
+    """Save the adapter ``default``, whole. All ranks must call it where the policy is sharded; those that do not
+    ``keep`` write nothing."""
+    weights = whole_weights(policy, keep=keep) if is_sharded(policy) else None
+    if keep:
+        policy.save_pretrained(folder, selected_adapters=["default"], save_embedding_layers=False, state_dict=weights)
 
 
 def policy_digest(policy: Any, dtype: torch.dtype) -> str:
@@ -107,15 +239,18 @@ def _pairs(policy: Any) -> Iterator[tuple[Tensor, Tensor, float]]:
 
     for module in policy.modules():
         if isinstance(module, LoraLayer) and "default" in module.lora_A:
-            yield module.lora_A["default"].weight, module.lora_B["default"].weight, module.scaling["default"]
+            down, up = module.lora_A["default"].weight, module.lora_B["default"].weight
+            yield whole(down.detach()), whole(up.detach()), module.scaling["default"]
 
 
-def _check_policy(policy: Any, num_processes: int) -> None:
+def _apart(one: Tensor, other: Tensor) -> float:
+    return (one - other).abs().mean().item()
+
+
+def _check_policy(policy: Any) -> None:
     from peft import PeftModel
 
     if not isinstance(policy, PeftModel):
         raise ValueError("use_vllm: vLLM is sent LoRA adapters, not whole weights; give a peft_config")
     if not policy.config._name_or_path:
         raise ValueError("use_vllm: vLLM loads the base by its name; load the model with from_pretrained")
-    if num_processes > 1:
-        raise ValueError("use_vllm: not with several processes yet; set it to False")

@@ -6,10 +6,13 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from erpo_core import checkpoints
 from erpo_core.errors import RunError
+from erpo_core.trainer.environment import differences, environment
 from erpo_core.trainer.reference import Reference
+from erpo_core.trainer.sharding import is_sharded, load_sharded_state, whole_state, whole_weights
 from erpo_core.trainer.state import RunState
 
 _STAGING = ".saving"
@@ -21,9 +24,13 @@ class WholeCheckpoints:
     args: Any
     state: Any
     accelerator: Accelerator
+    model: Any
+    is_fsdp_enabled: bool
     run_state: RunState
     removed_checkpoints: list[int]
     """Steps whose checkpoints made room for later ones; whoever reports them empties it."""
+    changed_environment: dict[str, tuple[Any, Any]]
+    """{name: (at the checkpoint, now)} of libraries, device and threads, where a run resumed from another one."""
     _reference: Reference
     _policy: Any
 
@@ -38,7 +45,11 @@ class WholeCheckpoints:
             folder = checkpoints.newest_whole(Path(self.args.output_dir))
         elif folder and not checkpoints.is_whole(Path(folder)):
             raise RunError(f"the checkpoint {Path(folder).name} is damaged", code="checkpoint_damaged")
+        self.changed_environment = {}
+        self.run_state.environment = environment()
         self.run_state.base_fingerprint = self._reference.fingerprint(self._policy)
+        if folder and self.is_fsdp_enabled:
+            self._load_whole_weights(str(folder))
         return super().train(resume_from_checkpoint=str(folder) if folder else None, **kwargs)
 
     def _get_output_dir(self, trial) -> str:
@@ -64,13 +75,50 @@ class WholeCheckpoints:
         best = self.run_state.best_checkpoint(checkpoints.list_steps(staging.parent))
         self.removed_checkpoints += checkpoints.rotate(staging.parent, self.args.save_total_limit, best)
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As transformers' Trainer; sharded weights are written whole, the same files as without shards."""
+        if not is_sharded(self.model):
+            super().save_model(output_dir, _internal_call)
+            return
+        weights = whole_weights(self.model, keep=self.args.should_save)
+        if self.args.should_save:
+            self._save(output_dir, state_dict=weights)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not is_sharded(self.model):
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        state = whole_state(self.optimizer.state_dict())
+        if self.args.should_save:
+            torch.save(state, Path(output_dir) / OPTIMIZER_NAME)
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
+    def _load_whole_weights(self, folder: str) -> None:
+        """Before they are sharded: what a checkpoint holds is whole."""
+        self.is_fsdp_enabled = False
+        try:
+            super()._load_from_checkpoint(folder)
+        finally:
+            self.is_fsdp_enabled = True
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if not is_sharded(model):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
     def _load_optimizer_and_scheduler(self, checkpoint) -> None:
         if self.args.device.type == "cpu":
             # On several ranks accelerate calls it cpu:0, a place that torch.load does not know.
             vars(self.args)["_setup_devices"] = torch.device("cpu")
-        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and is_sharded(self.model):
+            state = torch.load(Path(checkpoint) / OPTIMIZER_NAME, map_location="cpu", weights_only=True, mmap=True)
+            load_sharded_state(self.optimizer, state)
+            self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
+        else:
+            super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
-            self.run_state = RunState.load(Path(checkpoint))
+            now, self.run_state = self.run_state.environment, RunState.load(Path(checkpoint))
+            self.changed_environment = differences(self.run_state.environment, now)
+            self.run_state.environment = now
             self._check_base()
 
     def _check_base(self) -> None:

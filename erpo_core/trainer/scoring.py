@@ -3,7 +3,7 @@
 # N = active tokens, G = responses a group, B = responses, T = completion tokens, H = hidden size
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from erpo_core.logits import TokenScores, score_tokens
 from erpo_core.packing import PackedRow, pack, packed_hidden, supports_packing
+from erpo_core.trainer.sharding import inside
 
 _BLOCK_ELEMENTS = {"cpu": 2**25, "cuda": 2**27}
 """Logits alive at once: training has gigabytes of activations beside them."""
@@ -46,6 +47,12 @@ class Rollouts:
     def row(self) -> PackedRow:
         """All of it as one row."""
         return pack(self.prompts, self.answers, self.completion_ids.device)
+
+    def of_groups(self, kept: Tensor) -> "Rollouts":
+        """Those of the prompts where ``kept``, (prompts,) bool, is true."""
+        rows = kept.repeat_interleave(self.num_generations)
+        prompts = tuple(prompt for prompt, keep in zip(self.prompts, kept.tolist(), strict=True) if keep)
+        return Rollouts(prompts, self.completion_ids[rows], self.mask[rows])
 
     def part(self, start: int, end: int) -> "Rollouts":
         """Responses ``start`` to ``end``: some of one group, or whole groups."""
@@ -93,9 +100,13 @@ def hidden_states(model: Any, rollouts: Rollouts, *, packed: bool | None = None)
 @torch.no_grad()
 def reference_states(reference: Any, policy: Any, rollouts: Rollouts, *, packed: bool | None = None) -> ReferenceStates:
     """For ``score_rollouts`` of ``policy``."""
-    hidden = hidden_states(reference, rollouts, packed=packed)
-    weight = reference.get_output_embeddings().weight
-    return ReferenceStates(hidden, None if weight is policy.get_output_embeddings().weight else weight)
+
+    def states() -> tuple[Tensor, Tensor | None]:
+        hidden = hidden_states(reference, rollouts, packed=packed)
+        weight = reference.get_output_embeddings().weight
+        return hidden, None if weight is policy.get_output_embeddings().weight else weight.detach()
+
+    return ReferenceStates(*inside(reference, states))
 
 
 def score_rollouts(
@@ -118,11 +129,28 @@ def score_rollouts(
         ValueError: the model changes its logits after the head (soft-capping, scaling).
     """
     check_head(model.config)
-    hidden_NH = hidden_states(model, rollouts, packed=packed)
     targets_N = rollouts.completion_ids[rollouts.mask]
-    # Autocast would compute the logits in bfloat16: a difference of two such log-probabilities is noise.
-    with torch.autocast(hidden_NH.device.type, enabled=False):
-        return _score_head(model.get_output_embeddings(), hidden_NH, targets_N, temperature, reference)
+
+    def scores() -> tuple[Tensor | None, ...]:
+        hidden_NH = hidden_states(model, rollouts, packed=packed)
+        # Autocast would compute the logits in bfloat16: a difference of two such log-probabilities is noise.
+        with torch.autocast(hidden_NH.device.type, enabled=False):
+            found = _score_head(model.get_output_embeddings(), hidden_NH, targets_N, temperature, reference)
+        return tuple(vars(found).values())
+
+    return TokenScores(*inside(model, scores))
+
+
+def merge_scores(kept: TokenScores, others: TokenScores, where_N: Tensor) -> TokenScores:
+    """Scores of all tokens from those where ``where_N`` (N,) bool is true and those where it is not, both in order."""
+    order_N = torch.empty_like(where_N, dtype=torch.long)
+    order_N[where_N.logical_not().argsort(stable=True)] = torch.arange(len(where_N), device=where_N.device)
+
+    def merged(one: Tensor | None, two: Tensor | None) -> Tensor | None:
+        return None if one is None else torch.cat([one, two]).index_select(0, order_N)
+
+    names = [field.name for field in fields(TokenScores)]
+    return TokenScores(**{name: merged(getattr(kept, name), getattr(others, name)) for name in names})
 
 
 def _score_head(head, hidden_NH: Tensor, targets_N: Tensor, temperature: float, reference) -> TokenScores:

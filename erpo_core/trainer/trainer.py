@@ -14,6 +14,7 @@ from torch import Tensor
 from trl import GRPOTrainer
 
 from erpo_core.loss import LossTerms, erpo_loss, importance_ratios
+from erpo_core.models import widen_adapters
 from erpo_core.packing import packed_attention, supports_packing
 from erpo_core.trainer import measures, ranks
 from erpo_core.trainer.batches import MicroBatch, Scored, TraceGroup
@@ -24,12 +25,15 @@ from erpo_core.trainer.reference import Reference
 from erpo_core.trainer.rollouts import SampledAnswers
 from erpo_core.trainer.sampling import make_sampler
 from erpo_core.trainer.saving import WholeCheckpoints
-from erpo_core.trainer.scoring import body_of, spread
+from erpo_core.trainer.scoring import body_of
+from erpo_core.trainer.sharding import ShardedWeights
 from erpo_core.trainer.state import RunState
 from erpo_core.trainer.totals import Totals
 
+_LAYOUTS = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.FSDP)
 
-class ERPOTrainer(WholeCheckpoints, SampledAnswers, TokenCredit, GRPOTrainer):
+
+class ERPOTrainer(ShardedWeights, WholeCheckpoints, SampledAnswers, TokenCredit, GRPOTrainer):
     """Used as TRL's GRPOTrainer is: same constructor, same data set format; ``args`` is an :class:`ERPOConfig`.
 
     Raises:
@@ -64,12 +68,11 @@ class ERPOTrainer(WholeCheckpoints, SampledAnswers, TokenCredit, GRPOTrainer):
             super().__init__(model=model, reward_funcs=reward_funcs, args=args, **kwargs)
         finally:
             args.loss_type, args.beta, args.use_vllm = kept["loss_type"], kept["beta"], kept["use_vllm"]
+        widen_adapters(self._policy)
         self.beta = args.beta
         self._check_layout()
         self._reference = Reference(self._policy)
-        self._engine_of = make_sampler(
-            args, self._policy, self.processing_class, num_processes=self.accelerator.num_processes
-        )
+        self._engine_of = make_sampler(args, self._policy, self.processing_class, self.accelerator)
         self._scores_in_float32 = self._resolve_scoring_dtype() == "float32"
         self.add_callback(SkipNonFinite(self))
         self.add_callback(SaveAtBoundaries())
@@ -87,9 +90,7 @@ class ERPOTrainer(WholeCheckpoints, SampledAnswers, TokenCredit, GRPOTrainer):
         if batch.old is None:
             logps, scored = self._score_in_the_loss(policy, batch)
         else:
-            scored = batch.old
-            with self._deterministic(policy), self._timed("forward"):
-                logps = spread(self._scores(policy, batch.rollouts).logps, mask)
+            logps, scored = self._score_again(policy, batch), batch.old
         advantages = self._corrected(scored, batch)
         terms = erpo_loss(
             logps,
@@ -105,7 +106,8 @@ class ERPOTrainer(WholeCheckpoints, SampledAnswers, TokenCredit, GRPOTrainer):
         self._record(batch, scored, terms, advantages)
         if self.args.gradient_checkpointing and supports_packing(body_of(policy)):
             self._until_backward.enter_context(packed_attention(policy.config))
-        return terms.loss
+        # Nothing to differentiate where every group is dead.
+        return terms.loss if terms.loss.requires_grad else terms.loss.requires_grad_()
 
     def _corrected(self, scored: Scored, batch: MicroBatch) -> Tensor:
         """(B, T) advantages, times how much more likely the trainer has each token than the engine that sampled it."""
@@ -193,7 +195,5 @@ class ERPOTrainer(WholeCheckpoints, SampledAnswers, TokenCredit, GRPOTrainer):
                 f"gradient_accumulation_steps ({window}), so that a generation holds whole optimizer steps"
             )
         kind = self.accelerator.distributed_type
-        if kind not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
-            raise ValueError(
-                f"distributed_type: {kind.value} shards the weights, which ERPOTrainer does not support; use DDP"
-            )
+        if kind not in _LAYOUTS:
+            raise ValueError(f"distributed_type: ERPOTrainer does not support {kind.value}; use DDP or FSDP2")

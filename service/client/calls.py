@@ -105,8 +105,12 @@ class EvaluationCalls:
     """Under ``/evaluations``."""
 
     def get(self, run_id: str, **query: Any) -> Call:
-        """One evaluation; ``result`` holds its numbers. ``pass_at``, ``truncated_boxed``, ``verify``: anew."""
+        """One evaluation; ``result`` holds its numbers. ``pass_at``, ``truncated_boxed``: computed anew."""
         return call("GET", f"/evaluations/{run_id}", **query)
+
+    def verify(self, run_id: str) -> Call:
+        """Judge its stored answers again; the answer is a job whose run is an evaluation of its own."""
+        return call("POST", f"/evaluations/{run_id}/verify")
 
     def items(self, run_id: str, **query: Any) -> Call:
         """A page of its answers; query: verdict, prompt_id, cursor, limit."""

@@ -18,15 +18,15 @@ from service.db.types import now
 
 _CANDIDATES = 10_000
 """Jobs looked at for one claim: more than a queue holds, so that those which wait for others hide nothing."""
-KEEPS_ANSWERS = ("evaluate", "perturbation", "branch")
-"""Kinds whose next attempt goes on from the answers that are stored."""
+KEEPS_RECORDS = ("evaluate", "entropy", "perturbation", "branch")
+"""Kinds whose next attempt goes on from the answers and traces that are stored."""
 _UNDER_WAY = {"pausing": "paused", "cancelling": "cancelled"}
 """What a job becomes whose attempt ends without having been asked to."""
 
 
 @dataclass(frozen=True)
 class Claim:
-    """A job that an attempt owns."""
+    """A job that an attempt owns. ``run_id`` and ``spec`` are those of its first run, where it has several."""
 
     job_id: str
     run_id: str
@@ -83,7 +83,8 @@ def _parents(s: Session, depends_on: list[str]) -> str:
     """``succeeded``: all of them; ``failed``: one has ended otherwise or is unknown; else ``waiting``."""
     if not depends_on:
         return "succeeded"
-    known = dict(s.execute(select(Job.run_id, Job.status).where(Job.run_id.in_(depends_on))).all())
+    query = select(Run.id, Job.status).join(Job, Job.id == Run.job_id).where(Run.id.in_(depends_on))
+    known = dict(s.execute(query).all())
     statuses = {known.get(run_id, "failed") for run_id in depends_on}
     if statuses & {"failed", "cancelled"}:
         return "failed"
@@ -105,8 +106,8 @@ def _claim(s: Session, job: Job, worker_id: str, lease_seconds: float) -> Claim:
 
 
 def _rewind(s: Session, job: Job) -> None:
-    """The new attempt writes the steps after its checkpoint again. Stored answers that are not sampled again stay."""
-    if job.kind in KEEPS_ANSWERS:
+    """The new attempt writes the steps after its checkpoint again. What it goes on from instead stays."""
+    if job.kind in KEEPS_RECORDS:
         return
     last = s.scalar(select(func.max(Checkpoint.step)).where(Checkpoint.run_id == job.run_id))
     # Without a checkpoint the run begins anew: what it recorded at step 0 goes as well.

@@ -1,6 +1,8 @@
 """Token traces: sequences of a run, ranges of their channels, pivots, histograms."""
 
+from collections import defaultdict
 from collections.abc import Iterator
+from typing import Any
 
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session, defer
@@ -64,6 +66,11 @@ def trace_reader(s: Session, sequence: Sequence) -> TraceReader:
     return TraceReader(read)
 
 
+def entropy_channel(reader: TraceReader) -> str:
+    """The channel that pivots are found on: entropies, or what they are at least where no more is known."""
+    return "entropy" if "entropy" in reader.channels else "entropy_low"
+
+
 def list_pivots(s: Session, sequence: Sequence, start: int = 0, end: int | None = None) -> list[Pivot]:
     """Pivots of a sequence by position, within a range."""
     query = select(Pivot).where(Pivot.sequence_id == sequence.id, Pivot.position >= start)
@@ -87,6 +94,18 @@ def all_pivots(s: Session, run_id: str) -> Iterator[tuple[Pivot, int]]:
 def token_texts(s: Session, run_id: str, n: int) -> list[str]:
     """The texts of a sequence's tokens, which lists of sequences leave out."""
     return s.scalar(select(Sequence.tokens).where(Sequence.run_id == run_id, Sequence.n == n)) or []
+
+
+def stored_traces(s: Session, run_id: str) -> Iterator[dict[str, Any]]:
+    """Whole traces with their pivots, for an attempt that goes on from them."""
+    pivots: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for pivot in s.scalars(select(Pivot).where(Pivot.run_id == run_id).order_by(Pivot.n, Pivot.position)):
+        facts = {"position": pivot.position, "entropy": pivot.entropy, "token": pivot.token}
+        pivots[pivot.sequence_id].append(facts)
+    query = select(Sequence.id, Sequence.prompt_id, Sequence.sample, TraceBlob.data)
+    query = query.join(TraceBlob, TraceBlob.sequence_id == Sequence.id).where(Sequence.run_id == run_id)
+    for sequence_id, prompt_id, sample, blob in s.execute(query.order_by(Sequence.n)):
+        yield {"prompt_id": prompt_id, "sample": sample, "blob": blob, "pivots": pivots[sequence_id]}
 
 
 def histogram(s: Session, run_id: str) -> list[int]:

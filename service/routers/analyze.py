@@ -10,6 +10,7 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.concurrency import run_in_threadpool
 
 from erpo_core.specs import BranchSpec, EntropySpec, JobKind, PerturbationSpec
+from erpo_core.specs.perturbation import OUTCOMES_STEP
 from service.auth import Principal, Reader
 from service.db import runs as run_rows
 from service.deps import Db, Events
@@ -84,7 +85,10 @@ def get_branch(run_id: RunId, database: Db, principal: Reader) -> Any:
 def list_outcomes(
     run_id: RunId, database: Db, principal: Reader, cursor: Cursor = None, limit: Limit = DEFAULT_LIMIT
 ) -> Any:
-    """Every continuation; `prompt_id` is `problem/arm/place/written token id>replacing token id`."""
+    """Every continuation; `prompt_id` is `problem/arm/place/written token id>replacing token id`.
+
+    The answers that showed which problems are solved are at `/runs/{id}/completions?step=1`.
+    """
     return _answers("perturbation", run_id, database, principal, cursor, limit)
 
 
@@ -129,7 +133,7 @@ def _read(database: Db, run_id: str, principal: Principal, kind: JobKind) -> dic
 def _answers(kind: JobKind, run_id: str, database: Db, principal: Principal, cursor, limit) -> Response:
     with database.read() as session:
         run = visible_run(session, run_id, principal, kind)
-        page = run_rows.list_completions(session, run.id, cursor=cursor, limit=limit)
+        page = run_rows.list_completions(session, run.id, step=OUTCOMES_STEP, cursor=cursor, limit=limit)
         return JSONResponse(page_json(page.rows, page.next_cursor, completion_json))
 
 
@@ -139,7 +143,7 @@ def _csv(database: Db, run_id: str) -> Iterator[str]:
     cursor = None
     while True:
         with database.read() as session:
-            page = run_rows.list_completions(session, run_id, cursor=cursor, limit=MAX_LIMIT)
+            page = run_rows.list_completions(session, run_id, step=OUTCOMES_STEP, cursor=cursor, limit=MAX_LIMIT)
             rows = [_outcome(row) for row in page.rows]
         yield _lines(rows)
         if (cursor := page.next_cursor) is None:

@@ -19,7 +19,7 @@ from service.routers.dashboard import templates
 from service.runview import run_detail
 from service.schemas.common import problems
 from service.standalone import standalone_page
-from service.traceview import pivot_json, sequence_json, tokens_json
+from service.traceview import is_exact, lower_bounds, pivot_json, sequence_json, tokens_json
 from service.visibility import RunId, visible_run
 
 router = APIRouter(tags=["analyze"])
@@ -68,12 +68,12 @@ def _packed(session: Any, run: Any) -> dict[str, Any]:
     """What the page asks the API for, under the addresses it asks."""
     home = f"/analyze/entropy/{run.id}"
     rows = trace_rows.list_sequences(session, run.id, limit=_PAGE_SEQUENCES).rows
-    pivots = trace_rows.top_pivots(session, run.id, _TOP_PIVOTS)
     known = {row.n for row in rows}
+    pivots = [pivot_json(row) for row in trace_rows.top_pivots(session, run.id, _TOP_PIVOTS) if row.n in known]
     answers = {
         home: run_detail(session, run),
         f"{home}/sequences?limit={_PAGE_SEQUENCES}": page_json(rows, None, sequence_json),
-        f"{home}/cdps?top={_TOP_PIVOTS}": {"data": [pivot_json(row) for row in pivots if row.n in known]},
+        f"{home}/cdps?top={_TOP_PIVOTS}": {"data": pivots if is_exact(run) else lower_bounds(pivots, "entropy")},
     }
     for n in sorted(known):
         stored = trace_rows.get_sequence(session, run.id, n)

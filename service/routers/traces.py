@@ -14,7 +14,16 @@ from service.negotiation import accepts
 from service.pagination import DEFAULT_LIMIT, Cursor, Limit, page_json
 from service.schemas.common import Page, problems
 from service.schemas.runs import Histogram, Pivots, Sequence, Tokens, Words
-from service.traceview import bounds, histogram_json, pivot_json, read_columns, sequence_json, tokens_json
+from service.traceview import (
+    bounds,
+    histogram_json,
+    is_exact,
+    lower_bounds,
+    pivot_json,
+    read_columns,
+    sequence_json,
+    tokens_json,
+)
 from service.visibility import RunId, visible_run
 
 training = APIRouter(tags=["traces"])
@@ -61,8 +70,9 @@ def _pivots(
         run = visible_run(session, run_id, principal, kind)
         if detector is not None:
             found = nsmallest(top, detected(session, run, detector), key=_by_entropy)
-            return JSONResponse({"data": found})
-        return JSONResponse({"data": [pivot_json(row) for row in trace_rows.top_pivots(session, run.id, top)]})
+        else:
+            found = [pivot_json(row) for row in trace_rows.top_pivots(session, run.id, top)]
+        return JSONResponse({"data": found if is_exact(run) else lower_bounds(found, "entropy")})
 
 
 def _by_entropy(pivot: dict[str, Any]) -> tuple:
@@ -151,7 +161,9 @@ def analysis_words(run_id: RunId, database: Db, principal: Reader, detector: Det
     with database.read() as session:
         run = visible_run(session, run_id, principal, "entropy")
         pivots = stored(session, run) if detector is None else detected(session, run, detector)
-        return JSONResponse({"data": word_statistics(pivots, top)})
+        words = word_statistics(pivots, top)
+        exact = is_exact(run)
+        return JSONResponse({"data": words if exact else lower_bounds(words, "mean_entropy", "max_entropy")})
 
 
 @analyses.get("/analyze/entropy/{run_id}/histogram", response_model=Histogram, responses=problems(401, 404))

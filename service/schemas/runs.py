@@ -100,13 +100,14 @@ class Sequence(BaseModel):
     advantage: float | None
     stats: dict[str, float | None]
     group_stats: dict[str, Any]
+    exact: bool = Field(description="False: entropies are only known to lie between `entropy_low` and `entropy_high`.")
 
 
 class Alternative(BaseModel):
     """What the model might have said instead."""
 
     token: str | None = None
-    token_id: int
+    token_id: int | None
     logp: float | None
 
 
@@ -116,7 +117,7 @@ class Pivot(BaseModel):
     model_config = {"extra": "allow"}
 
     position: int
-    entropy: float | None
+    entropy: float | None = Field(description="null where it is not exact: `entropy_low` says what it is at least.")
     logp: float | None
     token: str | None
     alternatives: list[Alternative]
@@ -129,10 +130,11 @@ class Tokens(BaseModel):
     start: int
     end: int
     tokens: list[str]
-    token_ids: list[int]
+    token_ids: list[int] | None
     channels: dict[str, list[float | None]]
     pivots: list[Pivot]
     group_stats: dict[str, Any]
+    exact: bool
 
 
 class Pivots(BaseModel):
@@ -147,8 +149,8 @@ class Word(BaseModel):
     token: str
     count: int
     share: float = Field(description="Of all pivots.")
-    mean_entropy: float
-    max_entropy: float
+    mean_entropy: float | None = Field(description="null where it is not exact: `mean_entropy_low` is a lower bound.")
+    max_entropy: float | None
     mean_progress: float = Field(description="Mean place in the answer, 0 at its beginning.")
 
 

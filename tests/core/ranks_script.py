@@ -1,20 +1,23 @@
-"""One process of a distributed training: ``ranks_script.py MODEL OUT LAYOUT`` writes the weights after some steps.
+"""One process of several that train together: ``ranks_script.py MODEL OUT CASES`` runs one case after the other.
 
-Layout: ``per_device,accumulation,steps_per_generation,loss_type,entropy_stats[,dynamic]``. Every layout samples and
-rewards the same way: the answers come from a fixed table, so that only the split over ranks and micro-batches differs.
+A case is a JSON object with ``name``, ``kind`` and what its function takes; what it found is written to OUT/name. In
+``update`` the answers come from a fixed table: every layout samples and rewards the same way, so that only the split
+over ranks and micro-batches differs. In ``resume`` the policy samples.
 """
 
 import json
-import os
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from datasets import Dataset
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from erpo_core import ERPOConfig, ERPOTrainer
 from erpo_core.generation.base import Sample
+from erpo_core.trainer.sharding import is_sharded, whole
 
 G, PROMPTS = 4, 4
 
@@ -42,53 +45,153 @@ def reward(completion_ids, **_):
     return [float(sum(ids) % 3 == 0) + 0.5 * (ids[0] % 2) for ids in completion_ids]
 
 
+def half_judged(completion_ids, **_):
+    """Nothing about the second half of each group, which on two ranks is all that the second one has."""
+    judged = [answer(ord("A") + i, sample) for i in range(3 * PROMPTS) for sample in range(G // 2)]
+    return [float(sum(ids) % 3 == 0) if ids in judged else None for ids in completion_ids]
+
+
 def reward_of_every_other_prompt(completion_ids, prompts, **_):
     """The answers to the others are all worth nothing."""
     rewards = zip(prompts, reward(completion_ids), strict=True)
     return [value if ord(prompt[0]) % 2 else 0.0 for prompt, value in rewards]
 
 
-def main(model: str, out: str, layout: str) -> None:
-    per_device, accumulation, steps_per_generation, loss_type, entropy_stats, *dynamic = layout.split(",")
-    args = ERPOConfig(
-        out,
-        num_generations=G,
+REWARDS = {"all": reward, "half": half_judged, "every other prompt": reward_of_every_other_prompt}
+
+
+def policy(folder: str, tuning: str):
+    """``lora`` (the trainer adds it), ``full``, or ``warm``: an adapter that was trained before, which makes the
+    reference an adapter as well."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    if tuning != "warm":
+        return model
+    torch.manual_seed(5)
+    return get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
+
+
+def trainer_of(kind: type[ERPOTrainer], model: str, prompts: list[str], *, tuning: str, judged="all", **settings):
+    return kind(
+        model=policy(model, tuning),
+        reward_funcs=REWARDS[judged],
+        args=ERPOConfig(
+            num_generations=G,
+            warmup_steps=0,
+            weight_decay=0.0,
+            max_completion_length=12,
+            lr_scheduler_type="constant",
+            use_cpu=True,
+            disable_tqdm=True,
+            **settings,
+        ),
+        train_dataset=Dataset.from_dict({"prompt": prompts}),
+        processing_class=AutoTokenizer.from_pretrained(model),
+        peft_config=LoraConfig(r=4, target_modules="all-linear") if tuning == "lora" else None,
+    )
+
+
+def update(model: str, out: Path, layout: str, tuning: str = "lora", **settings) -> None:
+    """Three steps of plain gradient descent."""
+    per_device, accumulation, steps_per_generation, loss_type, entropy_stats = layout.split(",")
+    trainer = trainer_of(
+        FixedAnswers,
+        model,
+        [chr(65 + i) + "=" * (i % 3) for i in range(3 * PROMPTS)],
+        tuning=tuning,
+        output_dir=str(out),
         per_device_train_batch_size=int(per_device),
         gradient_accumulation_steps=int(accumulation),
         steps_per_generation=int(steps_per_generation),
         loss_type=loss_type,
         entropy_stats=entropy_stats,
-        max_completion_length=12,
         max_steps=3,
-        learning_rate=1.0,
+        learning_rate={"lora": 1.0, "full": 0.02, "warm": 0.05}[tuning],
         optim="sgd",
-        lr_scheduler_type="constant",
-        warmup_steps=0,
-        weight_decay=0.0,
         max_grad_norm=1e9,
         save_strategy="no",
         progress_noise_floor=1e-6,
-        use_cpu=True,
-        disable_tqdm=True,
         shuffle_dataset=False,
-        dynamic_sampling=bool(dynamic),
-    )
-    trainer = FixedAnswers(
-        model=AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32),
-        reward_funcs=reward_of_every_other_prompt if dynamic else reward,
-        args=args,
-        train_dataset=Dataset.from_dict({"prompt": [chr(65 + i) + "=" * (i % 3) for i in range(3 * PROMPTS)]}),
-        processing_class=AutoTokenizer.from_pretrained(model),
-        peft_config=LoraConfig(r=4, target_modules="all-linear"),
+        **settings,
     )
     trainer.train()
+    report(trainer, out)
+
+
+def resume(model: str, out: Path, tuning: str = "lora") -> None:
+    """Six steps, and the last three again from the checkpoint of step 3."""
+    for name, source in (("whole", None), ("again", out / "whole" / "checkpoint-3")):
+        trainer = trainer_of(
+            ERPOTrainer,
+            model,
+            [f"{a}+{a}=" for a in range(12)],
+            tuning=tuning,
+            output_dir=str(out / name),
+            per_device_train_batch_size=4,
+            gradient_accumulation_steps=1,
+            max_steps=6,
+            learning_rate=1e-2,
+            save_strategy="steps",
+            save_steps=3,
+            noise_floor_every=2,
+            seed=7,
+        )
+        trainer.train(resume_from_checkpoint=None if source is None else str(source))
+        report(trainer, out / name)
+
+
+def sft(model: str, out: Path, hardware: dict, data_root: str, lora: dict | None) -> None:
+    """A job of supervised fine-tuning; its checkpoint and its metrics."""
+    from erpo_core.job import JobInputs, ModelInput
+    from erpo_core.specs import parse_spec
+    from erpo_core.trainer.sft import run_sft
+
+    body = {
+        "algorithm": "sft",
+        "model": model,
+        "dataset": "data:sums.jsonl",
+        "max_length": 128,
+        "train_batch_size": 4,
+        "learning_rate": 1e-3,
+        "lr_scheduler_type": "constant",
+        "warmup_steps": 0,
+        "max_steps": 3,
+        "save_steps": 3,
+        "lora": lora,
+        "hardware": hardware,
+    }
+    inputs = JobInputs(
+        job_id="job",
+        run_id="run",
+        attempt=1,
+        work_dir=out,
+        cache_dir=out / "cache",
+        model=ModelInput(model),
+        data_root=Path(data_root),
+        model_roots=(Path(model).parent,),
+    )
+    records: list = []
+    run_sft(parse_spec("train", body), inputs, SimpleNamespace(emit=records.append), SimpleNamespace(requested=False))
+    logs = [record.values for record in records if record.kind == "metrics"]
+    if logs:
+        (out / "logs.json").write_text(json.dumps(logs))
+
+
+def report(trainer: ERPOTrainer, out: Path) -> None:
+    """Weights and metrics, by the first process."""
+    weights = {n: whole(p.detach()) for n, p in trainer.accelerator.unwrap_model(trainer.model).named_parameters()}
+    sharded = is_sharded(trainer.model)
     if trainer.is_world_process_zero():
-        torch.save({n: p.detach() for n, p in trainer.model.named_parameters() if "lora_" in n}, f"{out}/weights.pt")
+        torch.save({"weights": weights, "sharded": sharded}, out / "weights.pt")
         logs = [entry for entry in trainer.state.log_history if "reward" in entry]
-        with open(f"{out}/logs.json", "w") as file:
-            json.dump(logs, file)
+        (out / "logs.json").write_text(json.dumps(logs))
+
+
+def main(model: str, out: str, cases: str) -> None:
+    for case in json.loads(cases):
+        folder = Path(out) / case.pop("name")
+        folder.mkdir(parents=True, exist_ok=True)
+        {"update": update, "resume": resume, "sft": sft}[case.pop("kind")](model, folder, **case)
 
 
 if __name__ == "__main__":
-    os.makedirs(sys.argv[2], exist_ok=True)
     main(*sys.argv[1:])

@@ -105,6 +105,7 @@ def test_job_inputs_travel_as_json(tmp_path):
         cache_dir=tmp_path / "cache",
         model=ModelInput("smollm2-135m", tmp_path / "adapter"),
         stored_rows=({"prompt_id": "p", "sample": 0}, {"prompt_id": "p", "sample": 1}),
+        stored_traces=({"prompt_id": "p", "sample": 0, "blob": "RVJQVA==", "pivots": []},),
     )
     assert inputs.stored == {("p", 0), ("p", 1)}
     assert JobInputs.from_json(inputs.to_json()) == inputs

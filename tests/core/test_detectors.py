@@ -9,8 +9,6 @@ from hypothesis import strategies as st
 
 from erpo_core.analysis.detectors import find_pivots
 from erpo_core.analysis.statistics import sequence_stats
-from erpo_core.codec import BLOCK_TOKENS, TraceReader, decode_trace, encode_trace
-from erpo_core.errors import CodecError
 from erpo_core.specs.entropy import DetectorSpec
 
 
@@ -68,58 +66,3 @@ def test_statistics_count_every_token_once():
     assert (histogram[0], histogram[-1]) == (2, 1)
     assert stats["h_max"] == 40.0
     assert sequence_stats(np.array([]))[0]["h_mean"] is None
-
-
-def columns(size: int) -> dict[str, np.ndarray]:
-    generator = np.random.default_rng(size)
-    return {
-        "token_ids": generator.integers(0, 2**32, size, dtype=np.uint32),
-        "entropy": generator.random(size, dtype=np.float32) * 5,
-        "logp": -generator.random(size).astype(np.float16),
-        "rank": generator.integers(0, 2**16, size).astype(np.uint16),
-    }
-
-
-@given(st.integers(0, 1500), st.integers(0, 1600), st.integers(0, 1600))
-def test_any_range_of_a_trace_is_that_range_of_its_columns(size, start, end):
-    start, end = sorted((start, end))
-    whole = columns(size)
-    for name, values in decode_trace(encode_trace(whole), start=start, end=end).items():
-        assert values.dtype == whole[name].dtype
-        assert values.tolist() == whole[name][start:end].tolist()
-
-
-def test_a_range_reads_only_the_blocks_that_hold_it():
-    blob = encode_trace(columns(200 * BLOCK_TOKENS))
-    reads = []
-
-    def read(offset, length):
-        reads.append(min(length, len(blob) - offset))
-        return blob[offset : offset + length]
-
-    TraceReader(read).columns(["entropy"], 300, 310)
-    assert sum(reads) < len(blob) / 10
-
-
-def test_ranks_saturate_and_large_values_stay_finite():
-    back = decode_trace(encode_trace({"rank": np.array([70_000]), "psi": np.array([1e9])}))
-    assert back["rank"][0] == 65_535
-    assert np.isfinite(back["psi"][0])
-
-
-@pytest.mark.parametrize("damage", ["truncate", "flip", "magic", "version"])
-def test_a_damaged_trace_is_refused(damage):
-    blob = bytearray(encode_trace(columns(600)))
-    if damage == "truncate":
-        blob = blob[:-10]
-    elif damage == "flip":
-        blob[-10] ^= 0xFF
-    else:
-        blob[0 if damage == "magic" else 4] = 99
-    with pytest.raises(CodecError):
-        decode_trace(bytes(blob))
-
-
-def test_columns_of_unequal_length_are_refused():
-    with pytest.raises(ValueError, match="columns"):
-        encode_trace({"entropy": np.zeros(2), "logp": np.zeros(3)})

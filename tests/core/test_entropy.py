@@ -1,5 +1,6 @@
 """Entropy analysis of a tiny model: its numbers against float64, its alignment, its pivots and its refusals."""
 
+from base64 import b64encode
 from types import SimpleNamespace
 
 import numpy as np
@@ -61,11 +62,12 @@ def inputs(tiny, adapter=None, **changes) -> JobInputs:
 
 
 def analyse(job_inputs, **body) -> tuple[list[Trace], dict]:
-    """The traces and the summary of one analysis."""
+    """The traces and the summary of one analysis; a trace that is sent again takes the place of the first."""
     sink = Memory()
     spec = EntropySpec.model_validate({"model": job_inputs.model.base, **body})
     run_entropy(spec, job_inputs, sink, RUNNING)
-    return sink.of(Trace), sink.of(Result)[0].data
+    last = {(trace.meta["prompt_id"], trace.meta["sample"]): trace for trace in sink.of(Trace)}
+    return list(last.values()), sink.of(Result)[0].data
 
 
 def by_hand(path, spec: EntropySpec, text, temperature: float) -> tuple[np.ndarray, np.ndarray, list[int]]:
@@ -229,6 +231,72 @@ def test_pivots_over_all_answers_are_the_same_as_with_all_of_them_in_memory(tiny
     expected = find_pivots(entropies, DetectorSpec(**detector))
     assert [[p["position"] for p in t.meta["pivots"]] for t in traces] == [list(found) for found in expected]
     assert all(len(p["alternatives"]) == 5 for t in traces for p in t.meta["pivots"])
+
+
+class Dying(Memory):
+    """A sink whose job dies with one of its traces on the way."""
+
+    def __init__(self, traces: int) -> None:
+        super().__init__()
+        self.left = traces
+
+    def emit(self, record) -> None:
+        if isinstance(record, Trace):
+            if not self.left:
+                raise KeyboardInterrupt
+            self.left -= 1
+        super().emit(record)
+
+
+def rows_of(traces: list[Trace]) -> tuple[dict, ...]:
+    """What the next attempt is told of stored traces."""
+    last = {(trace.meta["prompt_id"], trace.meta["sample"]): trace for trace in traces}
+    return tuple(
+        {"prompt_id": name, "sample": sample, "blob": b64encode(trace.payload).decode(), "pivots": trace.meta["pivots"]}
+        for (name, sample), trace in last.items()
+    )
+
+
+@pytest.mark.parametrize("scope", ["sequence", "run"])
+def test_an_analysis_that_dies_anywhere_ends_with_the_same_traces_and_numbers(tiny, scope):
+    body = {"prompts": ["1 + 1?", "2 + 2?"], "num_samples": 2, "batch_size": 2}
+    body |= {"sampling": {"max_completion_length": 8}, "detector": {"scope": scope, "fraction": 0.06}}
+    spec = EntropySpec.model_validate({"model": str(tiny), **body})
+    whole, expected = analyse(inputs(tiny), **body)
+    count, final = 0, {(t.meta["prompt_id"], t.meta["sample"]): t for t in whole}
+    while True:
+        dying = Dying(count)
+        try:
+            run_entropy(spec, inputs(tiny), dying, RUNNING)
+        except KeyboardInterrupt:
+            pass
+        else:
+            break
+        stored = rows_of(dying.of(Trace))
+        again = Memory()
+        run_entropy(spec, inputs(tiny, stored_traces=stored), again, RUNNING)
+        found = {(t.meta["prompt_id"], t.meta["sample"]): t for t in dying.of(Trace) + again.of(Trace)}
+        assert found == final
+        assert again.of(Result)[0].data | {"seconds": 0} == expected | {"seconds": 0}
+        assert len(dying.of(Trace)) + len(again.of(Trace)) == (4 if scope == "sequence" else 4 + with_pivots(whole))
+        count += 1
+    assert count == (4 if scope == "sequence" else 4 + with_pivots(whole))
+
+
+def with_pivots(traces: list[Trace]) -> int:
+    return sum(bool(trace.meta["pivots"]) for trace in traces)
+
+
+def test_a_stored_trace_of_another_text_is_not_taken_for_this_one(tiny):
+    first, _ = analyse(inputs(tiny), texts=TEXTS[:1])
+    second, _ = analyse(inputs(tiny, stored_traces=rows_of(first)), texts=TEXTS[1:])
+    assert second[0].meta["completion"] == TEXTS[1]["response"]
+
+
+def test_a_sampled_answer_that_could_outgrow_the_context_is_refused_before_it_is_sampled(tiny):
+    with pytest.raises(SpecError, match="do not fit") as refused:
+        analyse(inputs(tiny), prompts=["1 + 1?"], sampling={"max_completion_length": 4090})
+    assert refused.value.pointer == "/sampling/max_completion_length"
 
 
 def test_a_response_with_turns_of_its_own_is_refused(tiny):

@@ -17,8 +17,8 @@ from erpo_core.errors import RunError, SpecError  # noqa: E402
 from erpo_core.job import JobInputs, ModelInput  # noqa: E402
 from erpo_core.records import Completions, Result, Trace, from_wire, to_wire  # noqa: E402
 from erpo_core.specs.branch import BranchSpec  # noqa: E402
-from erpo_core.specs.perturbation import PerturbationSpec  # noqa: E402
-from tiny_model import make_tiny_model  # noqa: E402
+from erpo_core.specs.perturbation import ATTEMPTS_STEP, OUTCOMES_STEP, PerturbationSpec  # noqa: E402
+from tiny_model import make_tiny_model, teach  # noqa: E402
 
 RUNNING = SimpleNamespace(requested=False)
 ANSWER = "We add. It is \\boxed{2}."
@@ -38,31 +38,18 @@ class Memory:
 
     @property
     def rows(self) -> list[dict]:
-        return [row for record in self.of(Completions) for row in record.rows]
+        return [row for record in self.of(Completions) for row in record.rows if record.step == OUTCOMES_STEP]
+
+    @property
+    def attempts(self) -> list[dict]:
+        return [row for record in self.of(Completions) for row in record.rows if record.step == ATTEMPTS_STEP]
 
 
 @pytest.fixture(scope="module")
 def taught(tmp_path_factory):
     """A tiny model that has learnt one answer by heart, so that it solves its problems."""
-    from transformers import AutoModelForCausalLM
-
-    from erpo_core.prompts import prompt_ids
-    from erpo_core.specs.common import PromptSpec
-
     path = make_tiny_model(tmp_path_factory.mktemp("models") / "tiny", hidden_size=64)
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(path), AutoTokenizer.from_pretrained(path)
-    prompt = prompt_ids(tokenizer, "1 + 1?", PromptSpec())
-    answer = tokenizer(ANSWER + "<|im_end|>", add_special_tokens=False)["input_ids"]
-    ids = torch.tensor([prompt + answer])
-    labels = ids.clone()
-    labels[:, : len(prompt)] = -100
-    torch.manual_seed(0)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    for _ in range(60):
-        optimizer.zero_grad()
-        model(ids, labels=labels).loss.backward()
-        optimizer.step()
-    model.save_pretrained(path)
+    teach(path, "1 + 1?", ANSWER)
     (path.parent / "sums.jsonl").write_text(
         '{"id": "easy", "problem": "1 + 1?", "answer": "2"}\n{"id": "hard", "problem": "1 + 1? ", "answer": "3"}\n'
     )
@@ -91,6 +78,9 @@ def test_every_arm_disturbs_the_same_answers_before_the_box(taught):
     (trace,) = sink.of(Trace)
     assert trace.meta["completion"] == ANSWER
     assert trace.meta["gold"] == "2"
+    assert [(row["prompt_id"], row["sample"], row["reward"]) for row in sink.attempts] == [
+        *(("0", 0, 1.0), ("0", 1, 1.0), ("1", 0, 0.0), ("1", 1, 0.0))
+    ]
     for row in sink.rows:
         group, arm, place, edit = row["prompt_id"].split("/")
         written, replacing = map(int, edit.split(">"))

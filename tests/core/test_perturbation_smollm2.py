@@ -25,7 +25,7 @@ def test_the_example_runs_on_smollm2(tmp_path, model_cache):
     records = []
     sink = SimpleNamespace(emit=records.append)
     result = run_perturbation(spec, inputs, sink, SimpleNamespace(requested=False))
-    rows = [row for record in records if isinstance(record, Completions) for row in record.rows]
+    rows = [row for record in records if isinstance(record, Completions) and record.step == 0 for row in record.rows]
     assert result["num_problems"] == 4
     assert len(rows) == result["num_outcomes"] == 4 * 5
     assert result["arms"]["high"]["mean_entropy"] > result["arms"]["low"]["mean_entropy"]

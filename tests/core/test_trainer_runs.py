@@ -1,10 +1,12 @@
 """Training runs beyond the plain case: epochs, resume, precision, every weight, given adapters, bad numbers."""
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from test_trainer import DATASET, rollouts, train
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from erpo_core import ERPOConfig, ERPOTrainer
@@ -235,3 +237,53 @@ def test_one_update_whatever_the_path(tiny, tmp_path, option):
     changed, same = weights_after(tiny, tmp_path, gradient_checkpointing=option == "gradient_checkpointing")
     assert same == answers
     torch.testing.assert_close(plain, changed, atol=1e-5, rtol=1e-5)
+
+
+def no_contrast_in_the_first_group(completion_ids, **_):
+    return [float(row % 2) if row >= 4 else 0.0 for row in range(len(completion_ids))]
+
+
+@pytest.mark.parametrize(
+    ("reward", "layout"),
+    [
+        pytest.param(no_contrast_in_the_first_group, {}, id="in the loss"),
+        pytest.param(no_contrast_in_the_first_group, {"algorithm": "grpo"}, id="no reference"),
+        pytest.param(no_contrast_in_the_first_group, {"num_iterations": 2}, id="scored before"),
+        pytest.param(
+            no_contrast_in_the_first_group,
+            {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4},
+            id="micro-batches of parts of groups",
+        ),
+        pytest.param(lambda completion_ids, **_: [0.0] * len(completion_ids), {}, id="every group"),
+    ],
+)
+def test_without_a_kl_term_dead_groups_cost_no_backward_and_change_nothing(tiny, tmp_path, reward, layout):
+    found = {}
+    for spared in (True, False):
+        trainer = make_trainer(
+            tiny,
+            tmp_path,
+            reward=reward,
+            beta=0.0,
+            max_steps=2,
+            progress_noise_floor=1e-6,
+            optim="sgd",
+            learning_rate=0.3,
+            weight_decay=0.1,
+            max_grad_norm=1e9,
+            **layout,
+        )
+        if not spared:
+            trainer._sparing_the_dead = lambda score, batch: score(batch.rollouts)
+        with FlopCounterMode(display=False) as counter:
+            trainer.train()
+        weights = torch.cat([p.detach().flatten() for p in trainer.model.parameters() if p.requires_grad])
+        logs = [entry for entry in trainer.state.log_history if "reward" in entry]
+        found[spared] = weights, logs, counter.get_total_flops()
+    (weights, logs, flops), (plain, told, more) = found[True], found[False]
+    torch.testing.assert_close(weights, plain, atol=1e-6, rtol=1e-5)
+    assert flops < 0.95 * more
+    for one, two in zip(logs, told, strict=True):
+        names = [name for name in one if not name.startswith(("time/", "step_time"))]
+        values = [np.array([entry[name] for name in names], float) for entry in (one, two)]
+        np.testing.assert_allclose(*values, rtol=1e-3, atol=1e-5, err_msg=str(names))

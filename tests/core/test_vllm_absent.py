@@ -4,6 +4,7 @@ import importlib.util
 
 import pytest
 import torch
+from accelerate import Accelerator
 
 from erpo_core.errors import RunError
 from erpo_core.generation.vllm import VLLMEngine
@@ -29,13 +30,13 @@ def test_training_every_weight_with_vllm_is_refused(tmp_path):
     model, tokenizer = load_model(make_tiny_model(tmp_path / "tiny"), dtype=torch.float32)
     config = ERPOConfig(str(tmp_path), use_vllm=True, use_cpu=True)
     with pytest.raises(ValueError, match="use_vllm: vLLM is sent LoRA adapters"):
-        make_sampler(config, model, tokenizer)
+        make_sampler(config, model, tokenizer, Accelerator(cpu=True))
 
 
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("vllm_mode", "server"),
+        ("vllm_mode", "elsewhere"),
         ("vllm_tensor_parallel_size", 2),
         ("vllm_enable_sleep_mode", True),
         ("vllm_importance_sampling_correction", True),

@@ -3,28 +3,31 @@
 import signal
 
 import pytest
-from test_stack import SPEC, wait_for
+from test_stack import EVALUATED, SPEC, wait_for
 
 from service.client import ErpoClient
 
 pytestmark = pytest.mark.timeout(300)
-TWO = SPEC | {"hardware": {"num_gpus": 2, "strategy": "ddp"}, "trace_every": 0}
 
 
 def ranks(stack) -> list[str]:
     return [p.environ()["RANK"] for p in stack.processes() if "LOCAL_RANK" in p.environ() and p.status() != "zombie"]
 
 
-def test_two_processes_train_one_model_and_leave_together(stack, model_root):
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_two_processes_train_one_model_and_leave_together(stack, model_root, strategy):
+    two = SPEC | {"hardware": {"num_gpus": 2, "strategy": strategy}, "trace_every": 0} | EVALUATED
     stack.start()
     with ErpoClient(stack.url) as client:
-        job = client.train(model=str(model_root / "tiny"), **TWO | {"max_steps": 40})
+        job = client.train(model=str(model_root / "tiny"), **two | {"max_steps": 40})
         wait_for(lambda: client.runs.checkpoints(job.run_id)["data"], 120, stack)
         assert {"0", "1"} <= set(ranks(stack))
         client.jobs.pause(job.id)
         wait_for(lambda: client.jobs.get(job.id)["status"] == "paused", 60, stack)
         assert ranks(stack) == []
-        done = client.runs.metrics(job.run_id)["series"]["reward"]["step"]
+        series = client.runs.metrics(job.run_id)["series"]
+        done = series["reward"]["step"]
+        assert series["eval/chain_sum/acc"]["step"][0] == 0
         assert done == list(range(1, len(done) + 1))
         assert max(row["step"] for row in client.runs.checkpoints(job.run_id)["data"]) == done[-1] < 40
         client.jobs.resume(job.id)

@@ -5,16 +5,20 @@ import io
 import json
 import re
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from db_rows import claim, finish, store, submit
 
 from erpo_core.analysis.detectors import find_pivots
+from erpo_core.analysis.given_logprobs import run_given_logprobs
 from erpo_core.analysis.statistics import sequence_stats
 from erpo_core.codec import encode_trace
-from erpo_core.records import Completions, Result, Trace
-from erpo_core.specs.entropy import DetectorSpec
+from erpo_core.job import JobInputs, ModelInput
+from erpo_core.records import Completions, Result, Trace, from_wire, to_wire
+from erpo_core.specs.entropy import DetectorSpec, EntropySpec
 
 EVIL = "</script><img src=x onerror=alert(1)>\u2028"
 WORDS = [" so", " wait", " thus", EVIL, " 4", " 2", ".", "<|im_end|>"]
@@ -173,7 +177,8 @@ def test_outcomes_are_a_table(api, database):
         for g in range(150)
         for k in range(2)
     ]
-    store(database, owned, Completions(0, rows), Result({"contrasts": []}))
+    attempts = [{"prompt_id": "0", "sample": 0, "completion": "2", "reward": 1.0, "verdict": "right"}]
+    store(database, owned, Completions(1, attempts), Completions(0, rows), Result({"contrasts": []}))
     table = api.get(f"/analyze/perturbation/{owned.run_id}/outcomes.csv")
     lines = list(csv.DictReader(io.StringIO(table.text)))
     assert len(lines) == 300
@@ -181,6 +186,8 @@ def test_outcomes_are_a_table(api, database):
     assert lines[0]["completion"] == 'a, "b"\nc'
     assert api.get(f"/analyze/perturbation/{owned.run_id}").json()["result"] == {"contrasts": []}
     assert len(api.get(f"/analyze/perturbation/{owned.run_id}/outcomes").json()["data"]) == 50
+    solved = api.get(f"/runs/{owned.run_id}/completions", params={"step": 1}).json()["data"]
+    assert [row["prompt_id"] for row in solved] == ["0"]
     other = api.get(f"/analyze/branch/{owned.run_id}")
     assert (other.status_code, f"/analyze/perturbation/{owned.run_id}" in other.json()["detail"]) == (404, True)
 
@@ -252,3 +259,82 @@ def test_an_order_beyond_the_quota_is_refused_before_it_runs(serve):
     body = MODEL | {"dataset": "data:sums.jsonl", "num_samples": 200}
     refused(api.post("/analyze/entropy", json=body), "", "ERPO_MAX_TRACE_BYTES_PER_JOB")
     assert api.post("/analyze/entropy", json=body | {"num_samples": 1}).status_code == 202
+
+
+def given_token(text: str, top: float) -> dict:
+    """As an engine exports it: the likeliest token and the next, most of the rest unknown."""
+    others = [{"token": text, "logprob": top}, {"token": " no", "logprob": top - 3}]
+    return {"token": text, "logprob": top, "bytes": None, "top_logprobs": others}
+
+
+GIVEN = {"vocab_size": 1000, "texts": [{"prompt": "1?", "content": [given_token(" a", -0.1), given_token(" b", -1.0)]}]}
+
+ANYTHING = {"detector": "absolute", "threshold": 0}
+
+
+@pytest.fixture
+def bounded(database):
+    """A finished analysis of given log-probabilities; its claim."""
+    spec = EntropySpec(model="an engine", logprobs=GIVEN)
+    submit(database, "entropy", spec=spec.model_dump(mode="json", exclude={"job"}))
+    owned, sent = claim(database), []
+    inputs = JobInputs(owned.job_id, owned.run_id, 1, Path("w"), Path("c"), ModelInput("an engine"))
+    run_given_logprobs(spec, inputs, SimpleNamespace(emit=sent.append), SimpleNamespace(requested=False))
+    store(database, owned, *(from_wire(*to_wire(record)) for record in sent))
+    finish(database, owned, "succeeded")
+    return owned
+
+
+def test_given_log_probabilities_are_queued_whoever_they_are_of(api):
+    body = {"model": "gpt-something", "logprobs": GIVEN}
+    estimate = api.post("/analyze/entropy", json=body, params={"dry_run": True}).json()["estimate"]
+    assert (estimate["sequences"], estimate["tokens"]) == (1, 2)
+    assert api.post("/analyze/entropy", json=body).status_code == 202
+    refused(api.post("/analyze/entropy", json=body | {"prompts": ["1?"]}), "/prompts", "either")
+    wrong = {"vocab_size": 2, "texts": GIVEN["texts"]}
+    place = "/logprobs/texts/0/content/0/top_logprobs"
+    refused(api.post("/analyze/entropy", json=body | {"logprobs": wrong}), place, "not the likeliest")
+
+
+def test_what_is_not_exact_is_nowhere_called_an_entropy(api, bounded):
+    home = f"/analyze/entropy/{bounded.run_id}"
+    assert api.get(home).json()["result"]["exact"] is False
+    (sequence,) = api.get(f"{home}/sequences").json()["data"]
+    assert sequence["exact"] is False
+    assert set(sequence["stats"]) == {"h_mean_low", "h_mean_high"}
+    tokens = api.get(f"{home}/sequences/0/tokens").json()
+    assert (tokens["exact"], tokens["token_ids"], tokens["tokens"]) == (False, None, [" a", " b"])
+    assert set(tokens["channels"]) == {"entropy_low", "entropy_high", "logp", "top_prob"}
+    some = api.get(f"{home}/sequences/0/tokens", params={"channels": "entropy_high"}).json()["channels"]
+    assert some == {"entropy_high": tokens["channels"]["entropy_high"]}
+    low = tokens["channels"]["entropy_low"]
+    found = [tokens["pivots"], *(api.get(f"{home}/cdps", params=q).json()["data"] for q in ({}, ANYTHING))]
+    for pivots in found:
+        assert pivots
+        for pivot in pivots:
+            assert pivot["entropy"] is None
+            assert pivot["entropy_low"] == pytest.approx(low[pivot["position"]], rel=1e-6)
+    for word in api.get(f"{home}/words").json()["data"]:
+        assert (word["mean_entropy"], word["max_entropy"]) == (None, None)
+        assert word["mean_entropy_low"] == word["max_entropy_low"] > 0
+    assert api.get(f"{home}/histogram").json()["num_tokens"] == 0
+
+
+def test_bounds_are_exported_and_nothing_branches_from_them(api, bounded):
+    home = f"/analyze/entropy/{bounded.run_id}"
+    arrays = np.load(io.BytesIO(api.get(f"{home}/export", params={"format": "npz"}).content))
+    assert {"entropy_low", "entropy_high", "pivots"} <= set(arrays.files)
+    assert not {"entropy", "token_ids"} & set(arrays.files)
+    parquet = pytest.importorskip("pyarrow.parquet")
+    table = parquet.read_table(io.BytesIO(api.get(f"{home}/export", params={"format": "parquet"}).content))
+    assert table.column_names == [
+        *("n", "position", "token", "is_pivot"),
+        "entropy_low",
+        "entropy_high",
+        "logp",
+        "top_prob",
+    ]
+    packed = api.get(f"{home}/export", params={"format": "html"}).text
+    assert '"entropy_low"' in packed
+    sequence = api.get(f"{home}/sequences").json()["data"][0]["id"]
+    refused(api.post("/analyze/branch", json=MODEL | {"sequence": sequence, "position": 0}), "/sequence", "`texts`")

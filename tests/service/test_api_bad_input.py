@@ -13,6 +13,8 @@ from service.db.models import Dataset, IdempotencyKey, Job, JobEvent, Run
 from service.settings import Settings
 
 TRAIN = {"model": "smollm2-135m", "dataset": "data:sums.jsonl"}
+EVAL = {"eval_every": 5, "eval_benchmarks": ["data:sums.jsonl"]}
+SFT = {"algorithm": "sft", "dataset": "data:solved.jsonl"}
 ENTROPY = {"model": "smollm2-135m", "texts": [{"prompt": "1 + 1?", "response": "2"}]}
 NO_RUN = "run_" + "0" * 32
 JSON = {"Content-Type": "application/json"}
@@ -28,12 +30,15 @@ def count_rows(database) -> dict[str, int]:
 def stack(serving, sqlite_template, tmp_path_factory):
     """(client, database, settings) of a service that stores nothing in these tests."""
     home = tmp_path_factory.mktemp("refusals")
-    settings = Settings(data_dir=home, model_roots=(home / "models",), max_body_bytes=100_000)
+    settings = Settings(
+        data_dir=home, model_roots=(home / "models",), max_body_bytes=100_000, vllm_servers=("http://gpu-7:8000",)
+    )
     shutil.copy(sqlite_template, home / "erpo.db")
     database = Database(settings.database_url)
     with serving(settings) as client:
         (settings.data_root / "empty.jsonl").write_text("\n\n")
         (settings.data_root / "broken.jsonl").write_text('{"problem": "1 + 1?", "answer": "2"}\n{"problem": \n')
+        (settings.data_root / "solved.jsonl").write_text('{"problem": "1 + 1?", "answer": "2", "solution": "2"}\n')
         (settings.data_root / "no-answer.jsonl").write_text('{"problem": "1 + 1?"}\n')
         (home / "outside.jsonl").write_text('{"problem": "1 + 1?", "answer": "2"}\n')
         (settings.data_root / "link.jsonl").symlink_to(home / "outside.jsonl")
@@ -75,6 +80,8 @@ def names(body: dict, pointer: str, mend: str) -> None:
     assert error["message"]
 
 
+SERVER = {"use_vllm": True, "vllm_mode": "server"}
+SERVED = SERVER | {"vllm_server_base_url": "http://gpu-7:8000"}
 TRAININGS = [
     ({"model": "nope"}, "/model", "smollm2-135m"),
     ({"model": ""}, "/model", "at least 1 character"),
@@ -122,8 +129,29 @@ TRAININGS = [
     ({"outcome_reward": "regex"}, "/outcome_reward", "add it"),
     ({"max_length": 100, "max_completion_length": 100}, "/max_completion_length", "below max_length"),
     ({"use_vllm": True, "lora": None}, "/use_vllm", "keep `lora`"),
-    ({"use_vllm": True, "vllm_mode": "server"}, "/vllm_mode", "'colocate'"),
-    ({"hardware": {"strategy": "fsdp"}}, "/hardware/strategy", "'ddp'"),
+    ({"eval_every": 5}, "/eval_benchmarks", "eval_every 0"),
+    ({"eval_benchmarks": ["data:sums.jsonl"]}, "/eval_every", "the steps between"),
+    ({"eval_every": -1}, "/eval_every", "at least 0"),
+    (EVAL | {"eval_benchmarks": ["data:sums.jsonl", "amc24"]}, "/eval_benchmarks/1", "aime24, aime25, amc23"),
+    (EVAL | {"eval_benchmarks": ["amc23"]}, "/eval_benchmarks/0", "erpo data fetch amc23"),
+    (EVAL | {"eval_benchmarks": ["data:broken.jsonl"]}, "/eval_benchmarks/0", '"problem"'),
+    (EVAL | {"eval_benchmarks": ["ds_" + "0" * 32]}, "/eval_benchmarks/0", "GET /datasets"),
+    (EVAL | {"eval_benchmarks": ["data:sums.jsonl"] * 2}, "/eval_benchmarks", "name each once"),
+    (EVAL | SFT | {"eval_benchmarks": ["x"]}, "/eval_benchmarks/0", "amc23"),
+    (EVAL | {"eval_num_samples": 0}, "/eval_num_samples", "at least 1"),
+    (EVAL | {"eval_sampling": {"max_completion_length": 2048}}, "/eval_sampling/max_completion_length", "max_length"),
+    (EVAL | {"eval_sampling": {"temprature": 0}}, "/eval_sampling/temprature", "`temperature`"),
+    ({"use_vllm": True, "vllm_mode": "server"}, "/vllm_server_base_url", "all three"),
+    ({"vllm_server_base_url": "http://10.0.0.1:8000"}, "/vllm_server_base_url", "all three"),
+    (SERVER | {"vllm_server_base_url": "http://169.254.169.254"}, "/vllm_server_base_url", "http://gpu-7:8000"),
+    (SERVER | {"vllm_server_base_url": "http://gpu-7:8000@evil"}, "/vllm_server_base_url", "^https?"),
+    (SERVER | {"vllm_server_base_url": "http://gpu-7:8000/../x"}, "/vllm_server_base_url", "^https?"),
+    (SERVED | {"vllm_importance_sampling_correction": True, "temperature": 0.7}, "/temperature", "write 1"),
+    ({"hardware": {"strategy": "fsdp"}}, "/hardware/strategy", "'fsdp2'"),
+    ({"hardware": {"num_gpus": 2}}, "/hardware/strategy", "write one"),
+    ({"hardware": {"num_gpus": 1, "strategy": "fsdp2"}}, "/hardware/strategy", "2 or more"),
+    ({"hardware": {"num_gpus": 3, "strategy": "ddp"}}, "/generation_batch_size", "a multiple"),
+    ({"algorithm": "sft", "hardware": {"num_gpus": 3, "strategy": "ddp"}}, "/train_batch_size", "a multiple"),
     ({"job": {"priority": 10}}, "/job/priority", "at most 9"),
     ({"job": {"depends_on": [NO_RUN]}}, "/job/depends_on/0", "GET /runs"),
     ({"job": {"name": "a\0b"}}, "/job/name", "NUL"),
@@ -173,6 +201,10 @@ def test_a_wrong_analysis_is_refused(refusing, change, pointer, mend):
 )
 def test_a_wrong_evaluation_is_refused(refusing, change, pointer, mend):
     names(refused(refusing.post("/jobs/evaluate", json=TRAIN | change)), pointer, mend)
+
+
+def test_a_server_that_the_operator_has_named_is_taken(refusing):
+    assert refusing.post("/jobs/train", json=TRAIN | SERVED, params={"dry_run": True}).status_code == 200
 
 
 def test_every_wrong_field_is_named_at_once(refusing):

@@ -135,7 +135,9 @@ def test_histograms_of_a_run_are_added_up(database, owned):
         assert traces.histogram(session, owned.run_id) == [1, 2, 8]
 
 
-def test_traces_of_a_lost_attempt_are_gone_with_their_pivots_and_numbers(database, owned):
+def test_traces_of_a_lost_attempt_of_a_training_are_gone_with_their_pivots_and_numbers(database):
+    submit(database, "train")
+    owned = claim(database)
     store(database, owned, trace(sample=0, pivots=[pivot(1, 1.0)]), trace(sample=1))
     with database.write() as session:
         claims.expire_attempt(session, owned.job_id, owned.attempt)
@@ -147,3 +149,16 @@ def test_traces_of_a_lost_attempt_are_gone_with_their_pivots_and_numbers(databas
     store(database, again, trace(sample=5))
     with database.read() as session:
         assert traces.get_sequence(session, owned.run_id, 0).sample == 5
+
+
+def test_traces_of_a_lost_attempt_of_an_analysis_stay_for_the_next(database, owned):
+    store(database, owned, trace(sample=0, pivots=[pivot(4, 1.0, "a"), pivot(1, 2.0, "b")]), trace(sample=1, seed=1))
+    with database.write() as session:
+        claims.expire_attempt(session, owned.job_id, owned.attempt)
+    claim(database)
+    with database.read() as session:
+        first, second = traces.stored_traces(session, owned.run_id)
+    assert (first["prompt_id"], first["sample"], second["sample"]) == ("p", 0, 1)
+    assert [(p["position"], p["entropy"], p["token"]) for p in first["pivots"]] == [(1, 2.0, "b"), (4, 1.0, "a")]
+    assert second["pivots"] == []
+    assert bytes(second["blob"]) == encode_trace(columns(10, 1))

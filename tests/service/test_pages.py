@@ -4,6 +4,7 @@ import re
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import numpy as np
@@ -11,8 +12,10 @@ import pytest
 import uvicorn
 from playwright.sync_api import expect, sync_playwright
 
+from erpo_core.analysis.given_logprobs import run_given_logprobs
 from erpo_core.analysis.perturbation_summary import summarise
 from erpo_core.codec import encode_trace
+from erpo_core.job import JobInputs, ModelInput
 from erpo_core.records import Checkpoint, Completions, Metrics, Progress, Resolved, Result, Trace
 from erpo_core.specs import BranchSpec, EntropySpec, ErpoTrainSpec, PerturbationSpec
 from erpo_core.specs.common import JobOptions
@@ -46,7 +49,8 @@ def service(tmp_path_factory):
     database = Database(settings.database_url)
     database.migrate()
     runs = {"train": _training(database), "entropy": _analysis(database), "other": _analysis(database, shift=0.75)}
-    runs |= {"perturbation": _perturbation(database), "branch": _branch(database)}
+    runs |= {"perturbation": _perturbation(database), "branch": _branch(database), "bounded": _bounded(database)}
+    runs["evaluated"] = _evaluated_training(database)
     runs["queued"] = _submit(database, "train", _train_spec(), "Waiting").run_id
     port = free_port("127.0.0.1")
     server = uvicorn.Server(
@@ -130,10 +134,27 @@ def _training(database: Database) -> str:
     return _run(database, "train", _train_spec(), f"Training {EVIL}", [*stored, Result({"steps": 8})])
 
 
+def _evaluated_training(database: Database) -> str:
+    accuracies = {0: 0.0, 4: 1.0, 8: 1.0}
+    stored = [Metrics(step, {"reward": 0.5}) for step in range(1, 9)]
+    stored += [Metrics(step, {"eval/amc23/acc": acc, "eval/amc23/mean_length": 9}) for step, acc in accuracies.items()]
+    return _run(database, "train", _train_spec(), "Evaluated", stored)
+
+
 def _analysis(database: Database, shift: float = 0.0) -> str:
     spec = EntropySpec(model="smollm2-135m", prompts=("What is 28 + 47?",))
     stored = [_trace(0, shift=shift), _trace(0, sample=1, shift=shift), Result({"num_tokens": len(TOKENS)})]
     return _run(database, "entropy", spec, "Analysis", stored)
+
+
+def _bounded(database: Database) -> str:
+    top = [{"token": EVIL, "logprob": -0.3}, {"token": " no", "logprob": -3.0}]
+    content = [{"token": text, "logprob": -0.3, "top_logprobs": top} for text in TOKENS if text]
+    given = {"vocab_size": 1000, "texts": [{"prompt": EVIL, "content": content}]}
+    spec = EntropySpec(model="an engine", logprobs=given)
+    inputs, sent = JobInputs("j", "r", 1, Path("w"), Path("c"), ModelInput("an engine")), []
+    run_given_logprobs(spec, inputs, SimpleNamespace(emit=sent.append), SimpleNamespace(requested=False))
+    return _run(database, "entropy", spec, "Given", sent)
 
 
 def _perturbation(database: Database) -> str:
@@ -201,7 +222,7 @@ def test_the_list_links_to_every_run(service, page):
     assert page.locator(f"a[href='/analyze/entropy/{runs['entropy']}']").count() == 1
     assert page.locator("#jobs tbody tr").count() == len(runs)
     page.get_by_role("button", name="Entropy").click()
-    expect(page.locator("#jobs tbody tr")).to_have_count(2)
+    expect(page.locator("#jobs tbody tr")).to_have_count(3)
 
 
 def test_a_run_shows_curves_answers_traces_and_configuration(service, page):
@@ -227,6 +248,18 @@ def test_smoothing_keeps_the_raw_curve(service, page):
     page.locator("#smoothing").fill("60")
     page.locator("#charts .chart svg .raw").first.wait_for(state="attached")
     assert page.locator("#charts .line").count() == page.locator("#charts .raw").count()
+
+
+def test_evaluations_on_the_way_are_drawn_as_an_average_over_what_was_measured(service, page):
+    base, runs = service
+    page.goto(f"{base}/runs/{runs['evaluated']}")
+    chart = page.locator("#charts .chart", has_text="eval/amc23/acc (EMA 0.2)")
+    chart.locator(".line").wait_for()
+    assert chart.locator(".chart-value").inner_text() == "0.36", "0, then 0.2, then 0.36"
+    assert chart.locator(".raw").count() == 1
+    assert chart.locator(".dot.pale").count() == 3
+    assert page.locator("#charts .chart-title").all_text_contents()[0] == "Reward"
+    assert page.locator("#charts .raw").count() == 2, "the reward is drawn as it is"
 
 
 def test_a_queued_job_can_be_cancelled_from_its_page(service, page):
@@ -316,6 +349,24 @@ def test_another_analysis_of_the_same_tokens_is_a_difference(service, page):
     page.locator("#channels [aria-pressed='true']", has_text="ΔH").wait_for()
 
 
+def test_bounds_are_drawn_as_bounds(service, page):
+    base, runs = service
+    page.goto(f"{base}/analyze/entropy/{runs['bounded']}#n=0&t=3")
+    page.locator("#card .values").wait_for()
+    expect(page.locator("#inexact")).to_contain_text("Not exact")
+    assert page.locator("#channels [aria-pressed='true']").inner_text() == "Entropy, at least"
+    assert page.locator("#curve .band").count() == 1
+    assert "H ≥" in page.locator(".pick").first.inner_text()
+    assert "entropy at least" in page.locator(".token").first.get_attribute("aria-label")
+    card = page.locator("#card").inner_text()
+    assert "Entropy, at least" in card
+    assert "Entropy, at most" in card
+    assert page.locator("#other").is_hidden()
+    page.goto(f"{base}/analyze/entropy/{runs['entropy']}")
+    page.locator(".token").first.wait_for()
+    assert page.locator("#inexact").is_hidden()
+
+
 def test_b_on_a_token_orders_its_branches_once(service, page):
     base, runs = service
     page.goto(f"{base}/analyze/entropy/{runs['entropy']}")
@@ -384,13 +435,14 @@ def test_a_saved_page_works_without_a_service(service, page, tmp_path):
     assert page.locator(".token").first.get_attribute("style")
 
 
-@pytest.mark.parametrize("place", ["list", "run", "analysis", "trace", "perturbation", "branch"])
+@pytest.mark.parametrize("place", ["list", "run", "analysis", "bounded", "trace", "perturbation", "branch"])
 def test_what_a_model_wrote_stays_text(service, page, place):
     base, runs = service
     path, ready = {
         "list": ("/", "#jobs tbody tr"),
         "run": (f"/runs/{runs['train']}", "#completions tbody tr"),
         "analysis": (f"/analyze/entropy/{runs['entropy']}#n=0&t=9", ".alternatives li"),
+        "bounded": (f"/analyze/entropy/{runs['bounded']}#n=0&t=9", ".token"),
         "trace": (f"/runs/{runs['train']}/traces/0#t=9", ".alternatives li"),
         "perturbation": (f"/analyze/perturbation/{runs['perturbation']}", "#examples tbody tr"),
         "branch": (f"/analyze/branch/{runs['branch']}", "#branches > li"),

@@ -35,7 +35,7 @@ def main(path: str) -> int:
     else:
         settle_in()
         if (count := wanted_processes(job)) > 1:
-            become_launcher(count, path)
+            become_launcher(count, job["spec"]["hardware"]["strategy"], path)
     keep_freed_memory()
     stop = StopFlag()
     stop.listen()

@@ -1,9 +1,10 @@
-"""Several processes for one job: the child becomes torchrun, which starts itself again as ranks."""
+"""Several processes for one job: the child becomes `accelerate launch`, which starts itself again as ranks."""
 
 import os
 import sys
 from typing import Any
 
+from erpo_core.launch import launcher
 from erpo_core.records import Record
 from workers.child.guard import SUPERVISOR_VARIABLE
 
@@ -18,7 +19,7 @@ def wanted_processes(job: dict[str, Any]) -> int:
 
 
 def is_rank() -> bool:
-    """Has torchrun started this process?"""
+    """Has the launcher started this process?"""
     return RANK_VARIABLE in os.environ
 
 
@@ -27,12 +28,11 @@ def is_first_rank() -> bool:
     return os.environ.get(RANK_VARIABLE, "0") == "0"
 
 
-def become_launcher(count: int, path: str) -> None:
-    """Go on as torchrun with ``count`` ranks of this job. Does not return; the process id stays."""
+def become_launcher(count: int, strategy: str, path: str) -> None:
+    """Go on as the launcher of ``count`` ranks of this job. Does not return; the process id stays."""
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // count)))
     os.environ[SUPERVISOR_VARIABLE] = str(os.getpid())  # the ranks' parent
-    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}", "-m", "workers.child", path]
-    os.execv(sys.executable, [sys.executable, *launch])
+    os.execv(sys.executable, [sys.executable, *launcher(strategy, count), "-m", "workers.child", path])
 
 
 class Silence:

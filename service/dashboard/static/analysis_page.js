@@ -1,28 +1,26 @@
 // What the pages of a perturbation and of a branch have in common: they wait for their job, then show its result.
 import { getJson, showNotice } from "./api.js";
-import { byId, el, modelName, pill, progressBar, shortId } from "./dom.js";
+import { byId, el, modelName, shortId } from "./dom.js";
+import { showJobHead, showJobProgress, throttled } from "./job_head.js";
 
-export async function watch(kind, title, facts, show) {
+// `facts` of the request stand below the title; `show` draws a run that has a result.
+export function watch(kind, facts, show) {
   const { runId } = document.body.dataset;
-  byId("crumb").textContent = shortId(runId);
-  try {
+  let timer = null;
+  const look = throttled(async () => {
     const run = await getJson(`/analyze/${kind}/${runId}`);
-    const job = run.job;
-    byId("name").textContent = job.name || title;
-    byId("status").replaceChildren(pill(job.status, job.stalled));
-    byId("facts").textContent = [modelName(run.spec.model), ...facts(run.spec)].filter(Boolean).join("  ·  ");
-    byId("error").hidden = !job.error;
-    if (job.error) byId("error").replaceChildren(el("strong", {}, job.error.code), el("p", {}, job.error.message || ""));
-    const busy = !job.is_terminal && job.progress;
-    byId("progress").hidden = !busy;
-    if (busy) byId("progress").replaceChildren(progressBar(job.progress), el("span", { class: "muted small mono" }, `${job.progress.phase} ${job.progress.done}/${job.progress.total}`));
-    byId("result").hidden = !run.result;
-    if (run.result) show(run);
-    if (!job.is_terminal) setTimeout(() => watch(kind, title, facts, show), 1500);
+    const { job, result, spec } = run, progress = job.progress || {};
+    showJobHead(job, [], look);
+    showJobProgress(job, job.progress, [["problems tried", progress.num_tried], ["of them solved", progress.num_solved]]);
+    byId("facts").textContent = [modelName(spec.model), ...facts(spec)].filter(Boolean).join("  ·  ");
+    byId("result").hidden = !result;
+    if (result) show(run);
     showNotice("");
-  } catch (error) {
-    showNotice(error.message);
-  }
+    clearTimeout(timer);
+    if (!job.is_terminal) timer = setTimeout(look, 1500);
+  });
+  byId("crumb").textContent = shortId(runId);
+  look();
 }
 
 // Hand a text or a data: URL to the reader as a file.

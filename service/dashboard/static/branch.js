@@ -24,7 +24,7 @@ function branch(one) {
     el("details", {}, el("summary", {}, "Continuations"), one.examples.map((text) => el("p", { class: "continuation mono small" }, visible(text)))));
 }
 
-watch("branch", "Branches", facts, ({ result }) => {
+watch("branch", facts, ({ result }) => {
   byId("prompt").textContent = visible(result.prompt);
   byId("prefix").textContent = visible(result.prefix) || "(the beginning of the answer)";
   byId("place").textContent = `entropy here ${number(result.entropy)} nats` + (result.gold ? `  ·  right answer ${result.gold}` : "  ·  no right answer is known: only what was answered is counted");

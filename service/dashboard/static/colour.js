@@ -40,6 +40,8 @@ export function inkOn(rgb) {
 
 export const CHANNELS = {
   entropy: { label: "Entropy", unit: "nats", sign: "H", domains: [0.5, 1, 2, 3, 5, 12], about: "Entropy of the whole next-token distribution" },
+  entropy_low: { label: "Entropy, at least", unit: "nats", sign: "H ≥", domains: [0.5, 1, 2, 3, 5, 12], about: "The least entropy that the given top log-probs allow" },
+  entropy_high: { label: "Entropy, at most", unit: "nats", sign: "H ≤", domains: [0.5, 1, 2, 3, 5, 12], about: "The greatest entropy that the given top log-probs allow" },
   logp: { label: "Log-prob", unit: "nats", sign: "log p", negative: true, domains: [1, 2, 5, 10, 20], about: "Log-probability of the token that was written" },
   progress: { label: "Progress", unit: "nats", sign: "s", diverging: true, domains: [0.1, 0.5, 1, 3, 10], about: "log p − log p under the reference model" },
   kl: { label: "KL", unit: "nats", sign: "KL", domains: [0.01, 0.05, 0.1, 0.5, 1, 3], about: "Estimate k3 of the divergence from the reference model" },

@@ -9,7 +9,7 @@ export async function chooseOther(select, { run, other: chosen }, onChoose) {
   if (!select) return;
   const found = await getJson("/runs" + query({ kind: "entropy", limit: 100 }));
   for (const other of found.data) {
-    if (other.id === run.id || other.status !== "succeeded") continue;
+    if (other.id === run.id || other.status !== "succeeded" || other.spec.logprobs) continue;
     select.append(el("option", { value: other.id }, `${modelName(other.spec.model)} · ${shortId(other.id)}`));
   }
   select.closest("label").hidden = select.options.length < 2;

@@ -24,6 +24,10 @@ export function number(value, digits = 3) {
   return value.toLocaleString("en", { maximumSignificantDigits: digits, useGrouping: false }).replace("-", "−");
 }
 
+// An entropy of an object, or what it is at least where no more is known: `field` may be that of a pivot or of a list.
+export const entropyText = (one, digits = 3, field = "entropy") =>
+  one[`${field}_low`] === undefined ? `H ${number(one[field], digits)}` : `H ≥ ${number(one[`${field}_low`], digits)}`;
+
 export const percent = (value) => (value === null || value === undefined ? "–" : `${(100 * value).toFixed(1)}%`);
 
 export function duration(seconds) {

@@ -35,7 +35,7 @@ function contrast(c) {
     el("td", { class: "small muted" }, c.test === "mcnemar_exact" ? `McNemar, exact: ${c.table[0][1]} against ${c.table[1][0]}` : "sign flips"));
 }
 
-watch("perturbation", "Perturbation", facts, (run) => {
+watch("perturbation", facts, (run) => {
   show(run);
   byId("save-svg").onclick = () => save(`${runId}.svg`, svgAddress(run.result));
   byId("save-png").onclick = async () => save(`${runId}.png`, await pngAddress(run.result));

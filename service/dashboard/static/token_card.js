@@ -41,7 +41,8 @@ function alternatives(pivot, data, index) {
     const share = Math.exp(other.logp);
     const bar = el("span", { class: "alt-bar" });
     bar.style.width = `${(100 * share).toFixed(1)}%`;
-    return el("li", { class: other.token_id === written ? "is-written" : null },
+    const isWritten = written === undefined ? other.token === data.tokens[index] : other.token_id === written;
+    return el("li", { class: isWritten ? "is-written" : null },
       el("span", { class: "mono alt-token" }, quoted(other.token) || "(part of a character)"), el("span", { class: "alt-track" }, bar), el("span", { class: "mono num" }, percent(share)));
   })));
 }

@@ -62,8 +62,9 @@ export class TokenView {
       const ground = colourOf(value, domain, palette);
       cell.node.style.backgroundColor = css(ground);
       cell.node.style.color = inkOn(ground);
-      const entropy = this.data.channels.entropy?.[cell.positions[0]];
-      cell.node.setAttribute("aria-label", `${cell.text.trim() || "blank"}, token ${cell.positions[0]}, entropy ${number(entropy)}` +
+      const { entropy: exact, entropy_low: low } = this.data.channels;
+      const entropy = (exact ?? low)?.[cell.positions[0]];
+      cell.node.setAttribute("aria-label", `${cell.text.trim() || "blank"}, token ${cell.positions[0]}, entropy ${exact ? "" : "at least "}${number(entropy)}` +
         (value !== entropy ? `, value ${number(value)}` : "") + (cell.isPivot ? ", pivot" : ""));
     }
   }

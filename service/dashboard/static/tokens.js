@@ -4,7 +4,7 @@ import { LineChart } from "./chart.js";
 import { CHANNELS, css, colourAt, defaultTop, domainOf, paletteOf } from "./colour.js";
 import { startBranch } from "./branching.js";
 import { chooseOther, withDifference } from "./difference.js";
-import { byId, clip, el, modelName, number, pill, shortId, visible } from "./dom.js";
+import { byId, clip, el, entropyText, modelName, number, pill, shortId, visible } from "./dom.js";
 import { showCard } from "./token_card.js";
 import { TokenView } from "./token_view.js";
 
@@ -43,12 +43,15 @@ async function loadList(fresh = true) {
   showList();
 }
 
+const meanOf = ({ stats }) => stats?.h_mean ?? stats?.h_mean_low ?? 0;
+
 function showList() {
-  const top = Math.max(...state.sequences.map((s) => s.stats?.h_mean ?? 0), 1e-9);
+  const top = Math.max(...state.sequences.map(meanOf), 1e-9);
   byId("sequences").replaceChildren(...state.sequences.map((sequence) => {
-    const meter = el("span", { class: "pick-meter", title: `mean entropy ${number(sequence.stats?.h_mean)} nats` });
-    meter.style.setProperty("--share", `${(100 * (sequence.stats?.h_mean ?? 0)) / top}%`);
-    const facts = [analysis ? `#${sequence.n}` : `step ${sequence.step}`, `${sequence.num_tokens} tokens`, `H ${number(sequence.stats?.h_mean, 2)}`];
+    const mean = entropyText(sequence.stats || {}, 2, "h_mean");
+    const meter = el("span", { class: "pick-meter", title: `mean entropy: ${mean} nats` });
+    meter.style.setProperty("--share", `${(100 * meanOf(sequence)) / top}%`);
+    const facts = [analysis ? `#${sequence.n}` : `step ${sequence.step}`, `${sequence.num_tokens} tokens`, mean];
     if (sequence.reward !== null && sequence.reward !== undefined) facts.push(`r ${number(sequence.reward)}`);
     return el("li", {}, el("button", { type: "button", class: "pick", "aria-current": sequence.n === state.n ? "true" : null, onclick: () => choose(sequence.n) },
       el("span", { class: "pick-text" }, clip(visible(sequence.completion || "(empty)"), 90)),
@@ -75,7 +78,7 @@ async function choose(n, position = null) {
   const sequence = state.sequences.find((s) => s.n === n);
   byId("prompt-box").hidden = !sequence?.prompt;
   byId("prompt").textContent = visible(sequence?.prompt || "");
-  if (!state.data.channels[state.channel]) state.channel = "entropy";
+  if (!state.data.channels[state.channel]) state.channel = ORDER.find((name) => state.data.channels[name]);
   view.show(state.data);
   showChannels();
   recolour();
@@ -109,7 +112,8 @@ function recolour() {
   curve.options.title = channel.label;
   curve.options.fromZero = !channel.diverging && !channel.negative;
   curve.node.querySelector(".chart-title").textContent = `${channel.sign}  ·  ${channel.about}${channel.unit ? `, ${channel.unit}` : ""}`;
-  curve.update({ step: positions, value: values }, state.data.pivots.map((p) => p.position - (state.data.start || 0)));
+  const { entropy_low: min, entropy_high: max } = name.startsWith("entropy_") ? state.data.channels : {};
+  curve.update({ step: positions, value: values, min, max, downsampled: Boolean(min) }, state.data.pivots.map((p) => p.position - (state.data.start || 0)));
 }
 
 function legend(domain, palette, channel) {
@@ -131,7 +135,7 @@ async function showPivots() {
   byId("pivots-box").hidden = !rows.length;
   byId("pivots").replaceChildren(...rows.map((pivot) => el("li", {},
     el("button", { type: "button", class: "quiet", onclick: () => choose(pivot.n ?? pivot.sequence, pivot.position) },
-      el("span", { class: "mono" }, `H ${number(pivot.entropy)}`), el("span", { class: "pivot-token mono" }, visible(pivot.token || "")),
+      el("span", { class: "mono" }, entropyText(pivot)), el("span", { class: "pivot-token mono" }, visible(pivot.token || "")),
       el("span", { class: "muted small" }, `answer ${pivot.n ?? pivot.sequence}, token ${pivot.position}`)))));
 }
 
@@ -144,6 +148,7 @@ async function showRun() {
   state.scale = answer.spec?.progress_scale ?? 1;
   state.run = answer;
   const spec = answer.spec || {}, detector = spec.detector;
+  byId("inexact").hidden = !spec.logprobs;
   byId("facts").textContent = [modelName(spec.model), spec.dataset, spec.temperature && `temperature ${spec.temperature}`,
     detector && `pivots: ${detector.kind}${detector.kind === "quantile" ? ` ${100 * detector.fraction}%` : ""} per ${detector.scope}`].filter(Boolean).join("  ·  ");
   return job;
@@ -203,7 +208,7 @@ async function start() {
     const n = Number(wanted.get("n") ?? (givenNumber || state.sequences[0].n));
     await choose(n, wanted.has("t") ? Number(wanted.get("t")) : null);
     await showPivots();
-    await chooseOther(byId("other"), state, compareWith);
+    if (!state.run.spec?.logprobs) await chooseOther(byId("other"), state, compareWith);
   } catch (error) {
     showNotice(error.message);
   }
