@@ -20,8 +20,9 @@ class Stack:
         self.data_dir = data_dir
         self.output = data_dir.with_suffix(".output")
         fast = {"ERPO_SWEEP_SECONDS": "2", "ERPO_LEASE_SECONDS": "10", "ERPO_HEARTBEAT_SECONDS": "1"}
-        self.environment = os.environ | fast | {"OMP_NUM_THREADS": "1"} | environment
-        self.environment["ERPO_DATA_DIR"] = str(data_dir)
+        # Two stacks that start at the same time would both find the usual port free.
+        own = {"ERPO_DATA_DIR": str(data_dir), "ERPO_PORT": "0", "OMP_NUM_THREADS": "1"}
+        self.environment = os.environ | fast | own | environment
         self.process: subprocess.Popen | None = None
         self.url = ""
 
