@@ -152,7 +152,8 @@ class PolicyEvaluation(TrainerCallback):
             rows = self._rows(benchmark, state.global_step, may_leave)
             if rows is None:
                 return False
-            values |= benchmark_metrics(benchmark.label, summarise(rows, benchmark.spec))
+            if state.is_world_process_zero:
+                values |= benchmark_metrics(benchmark.label, summarise(rows, benchmark.spec))
         if state.is_world_process_zero:
             self._sink.emit(Metrics(state.global_step, values | {"time/evaluate": time.monotonic() - started}))
         self._trainer.run_state.evaluated_step = state.global_step
