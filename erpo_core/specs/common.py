@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Name = Annotated[str, Field(min_length=1, max_length=200)]
 Text = Annotated[str, Field(min_length=1, max_length=200_000)]
@@ -104,6 +104,13 @@ class HardwareSpec(Spec):
         description="`ddp`: every process holds the whole model. `fsdp2`: each holds a shard of weights, gradients and "
         "optimizer state.",
     )
+
+    @field_validator("strategy", mode="before")
+    @classmethod
+    def _refuse_deepspeed(cls, value: object) -> object:
+        if isinstance(value, str) and value.startswith(("zero", "deepspeed")):
+            raise ValueError(f"{value!r} is DeepSpeed's, which is not supported; write `fsdp2`, which shards the same")
+        return value
 
     @model_validator(mode="after")
     def _check(self) -> Self:

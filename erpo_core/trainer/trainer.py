@@ -196,4 +196,7 @@ class ERPOTrainer(ShardedWeights, WholeCheckpoints, SampledAnswers, TokenCredit,
             )
         kind = self.accelerator.distributed_type
         if kind not in _LAYOUTS:
-            raise ValueError(f"distributed_type: ERPOTrainer does not support {kind.value}; use DDP or FSDP2")
+            raise ValueError(
+                f"distributed_type: {kind.value} is not supported: ERPO looks at the gradients between backward and "
+                "step, and keeps the base's dtype; use DDP or FSDP2"
+            )

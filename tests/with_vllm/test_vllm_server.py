@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -38,13 +39,18 @@ def url(smollm2, tmp_path_factory):
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "VLLM_NO_USAGE_STATS": "1",
     }
-    script = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(smollm2), "--port", str(port)]
+    # `vllm serve` itself asks for the version of a package `vllm`, which is not what `vllm-cpu` is called.
+    script = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(smollm2), "--port", str(port)]
     with (tmp_path_factory.mktemp("server") / "log").open("w") as log:
         process = subprocess.Popen(
-            [*script, "--host", "127.0.0.1", *SETTINGS, *LORA], env=environment, stdout=log, stderr=subprocess.STDOUT
+            [*script, "--host", "127.0.0.1", *SETTINGS, *LORA],
+            env=environment,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
         )
         yield f"http://127.0.0.1:{port}"
-        process.terminate()
+        os.killpg(process.pid, signal.SIGTERM)
         process.wait(60)
 
 
