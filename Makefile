@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV   ?= .venv
 VLLM   ?= .venv-vllm
+# Processes that share the tests: each takes a core and up to 2 GB.
+WORKERS ?= 2
 RUN    := $(VENV)/bin/python -m
 PIP    := $(RUN) pip --disable-pip-version-check
 READY  := $(VENV)/.ready
@@ -19,7 +21,7 @@ up: $(READY) ## start the service on this machine: API, worker, broker, database
 	@$(RUN) service.cli.main up
 
 test: $(READY) lint ## lint, import contracts, and the whole test suite
-	@$(RUN) pytest -q
+	@$(RUN) pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 test-vllm: $(VLLM)/.ready ## the tests of generation with vLLM on the CPU, in an environment of its own
 	@"$(VLLM)/bin/python" -m pytest -q tests/with_vllm tests/e2e/test_vllm_stack.py

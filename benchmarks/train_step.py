@@ -10,6 +10,7 @@ peak above the loaded trainer, from a process for each arm.
 """
 
 import argparse
+import gc
 import json
 import os
 import random
@@ -57,6 +58,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--mean-lengths", nargs="+", type=int, default=[64])
     parser.add_argument("--arms", nargs="+", default=["a", "b", "c"])
     parser.add_argument("--full", action="store_true", help="every dtype and length, 30 pairs")
+    parser.add_argument("--no-memory", action="store_true", help="leave out the process for each arm's peak")
     parser.add_argument("--write", action="store_true", help="into RESULTS.md")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     parser.add_argument("--dtype", help=argparse.SUPPRESS)
@@ -84,10 +86,19 @@ def lengths_around(mean: int, count: int = 16) -> tuple[int, ...]:
 
 def run_case(args: argparse.Namespace, model: Path) -> str:
     """One row of the report."""
+    case = make_case(args, model)
+    # What it holds is freed before the memory of each arm is measured in a process of its own.
+    rounds, pairs, flops = time_case(args, case)
+    gc.collect()
+    memory = {} if args.no_memory else {name: memory_of(args, name, model) for name in args.arms}
+    return report(case, rounds, pairs, flops, memory)
+
+
+def time_case(args: argparse.Namespace, case) -> tuple[dict[str, list], list[tuple[float, float]], dict[str, int]]:
+    """Steps of each arm with their phases, seconds of (c, b) without sampling, and FLOPs of these."""
     from arms import FixedAnswers, make_arm
 
-    case = make_case(args, model)
-    shuffle = random.Random(1)
+    shuffle, pairs = random.Random(1), []
     with tempfile.TemporaryDirectory() as folder:
         arms = {name: make_arm(name, case, Path(folder) / name) for name in args.arms}
         for arm in arms.values():
@@ -96,18 +107,23 @@ def run_case(args: argparse.Namespace, model: Path) -> str:
         for _ in range(args.rounds):
             for name in shuffle.sample(sorted(arms), len(arms)):
                 rounds[name].append(arms[name].step())
-        pairs, flops = [], {}
+                tell(name, rounds[name][-1])
         ours = [name for name in ("b", "c") if name in arms]
-        if args.pairs and len(ours) == 2:
-            for name in ours:
-                FixedAnswers(arms[name])
-                arms[name].step()
-            for _ in range(args.pairs):
-                found = {name: arms[name].step()["step"] for name in shuffle.sample(ours, 2)}
-                pairs.append((found["c"], found["b"]))
-            flops = {name: flops_of(arms[name]) for name in ours}
-    memory = {name: memory_of(args, name, model) for name in args.arms}
-    return report(case, rounds, pairs, flops, memory)
+        if not args.pairs or len(ours) < 2:
+            return rounds, pairs, {}
+        for name in ours:
+            FixedAnswers(arms[name])
+            arms[name].step()
+        for _ in range(args.pairs):
+            found = {name: arms[name].step()["step"] for name in shuffle.sample(ours, 2)}
+            pairs.append((found["c"], found["b"]))
+            tell("pair", found)
+        return rounds, pairs, {name: flops_of(arms[name]) for name in ours}
+
+
+def tell(what: str, seconds: dict[str, float]) -> None:
+    """Progress, where a run of an hour could end before its report."""
+    print(what, {name: round(value, 2) for name, value in seconds.items()}, file=sys.stderr, flush=True)
 
 
 def flops_of(arm) -> int:
@@ -158,7 +174,7 @@ def report(case, rounds, pairs, flops, memory) -> str:
     for name, found in rounds.items():
         medians = [results.median([step[phase] for step in found]) for phase in PHASES]
         cells = [f"{seconds:.2f}" for seconds in medians]
-        cells += [f"{tokens / medians[-1]:.1f}", f"{memory[name] / 2**20:.0f} MiB"]
+        cells += [f"{tokens / medians[-1]:.1f}", f"{memory[name] / 2**20:.0f} MiB" if memory else "-"]
         lines.append(f"| {name}: {ARMS[name]} | " + " | ".join(cells) + " |")
     lines.append("")
     for top, bottom in (("c", "a"), ("v", "a"), ("b", "a")):
@@ -166,8 +182,8 @@ def report(case, rounds, pairs, flops, memory) -> str:
             both = list(zip(rounds[top], rounds[bottom], strict=True))
             whole = results.ratio([(t["step"], b["step"]) for t, b in both])
             rest = results.ratio([(t["step"] - t["generate"], b["step"] - b["generate"]) for t, b in both])
-            share = memory[top] / memory[bottom]
-            lines.append(f"- {top}/{bottom}: {whole}; without sampling {rest}; memory {share:.2f}")
+            share = f"; memory {memory[top] / memory[bottom]:.2f}" if memory else ""
+            lines.append(f"- {top}/{bottom}: {whole}; without sampling {rest}{share}")
     if pairs:
         lines.append(f"- c/b without sampling, noise included: {results.ratio(pairs)} over {len(pairs)} pairs")
         lines.append(f"- FLOPs c/b: {flops['c'] / flops['b']:.4f} ({flops['c'] / 1e12:.3f} TFLOP)")

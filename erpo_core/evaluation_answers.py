@@ -8,6 +8,7 @@ from typing import Any
 from erpo_core.data.formats import Problem
 from erpo_core.evaluation_summary import is_right
 from erpo_core.generation.base import Sample
+from erpo_core.job import JobInputs
 from erpo_core.records import Completions, Progress, Sink
 from erpo_core.rewards.answers import has_answer
 from erpo_core.rewards.verify import Verdict, Verifier
@@ -25,21 +26,29 @@ class Answer:
 
 
 class AnswerBook:
-    """Every row of an evaluation, those of earlier attempts included. One thread adds, others may look."""
+    """Every row of a run of an evaluation, those of earlier attempts included. One thread adds, others may look.
+
+    Args:
+        before: answers of the job's runs before this one.
+        total: answers of all of its runs.
+    """
 
     def __init__(
         self,
         spec: EvaluateSpec,
-        stored_rows: Iterable[dict[str, Any]],
-        total: int,
+        run: JobInputs,
         tokenizer: Any,
         verifier: Verifier,
         sink: Sink,
+        *,
+        before: int,
+        total: int,
     ) -> None:
         self._spec, self._tokenizer, self._verifier, self._sink = spec, tokenizer, verifier, sink
-        self.rows = [dict(row) for row in stored_rows]
-        self._stored = frozenset((row["prompt_id"], row["sample"]) for row in self.rows)
-        self._total = total
+        self._run_id = run.run_id
+        self.rows = [dict(row) for row in run.stored_rows]
+        self._stored = run.stored
+        self._before, self._total = before, total
         self._right = sum(is_right(row, spec) for row in self.rows)
         self._fresh = self._tokens = 0
         self._started = time.monotonic()
@@ -55,47 +64,64 @@ class AnswerBook:
             RunError: ``verifier_unavailable``.
         """
         fresh = [answer for answer in answers if (answer.problem.id, answer.number) not in self._stored]
-        texts = [self._text(answer.sample.token_ids) for answer in fresh]
-        golds = [answer.problem.answer for answer in fresh]
-        verdicts = self._verifier.check_many(list(zip(golds, texts, strict=True)))
-        rows = [self._row(*parts) for parts in zip(fresh, texts, verdicts, strict=True)]
-        self._sink.emit(Completions(0, rows))
+        rows = judged(fresh, self._spec, self._tokenizer, self._verifier)
+        self._sink.emit(Completions(0, rows, self._run_id))
         self.rows += rows
         self._fresh += len(rows)
         self._right += sum(row["reward"] == 1.0 for row in rows)
         self._tokens += sum(row["num_tokens"] for row in rows)
-        done = len(self._stored) + self._fresh
+        done = self._before + len(self.rows)
         self._sink.emit(Progress("generate", done, self._total, self._speed(done)))
 
-    def _text(self, token_ids: Sequence[int]) -> str:
-        # PostgreSQL's text holds no NUL character.
-        return self._tokenizer.decode(token_ids, skip_special_tokens=True).replace("\0", "\ufffd")
-
-    def _row(self, answer: Answer, text: str, verdict: Verdict) -> dict[str, Any]:
-        row = {
-            "prompt_id": answer.problem.id,
-            "group": answer.group,
-            "sample": answer.number,
-            "prompt": answer.problem.problem,
-            "completion": text,
-            "gold": answer.problem.answer,
-            "level": None if answer.problem.level is None else str(answer.problem.level)[:40],
-            "subject": answer.problem.subject and answer.problem.subject[:200],
-            "advantage": None,
-            "verdict": str(verdict),
-            "boxed": has_answer(text),
-            "truncated": not answer.sample.finished,
-            "num_tokens": len(answer.sample.token_ids),
-        }
-        right = float(is_right(row, self._spec))
-        return {**row, "reward": right, "rewards": {"accuracy": right, "boxed_format": float(row["boxed"])}}
-
-    def _speed(self, done: int) -> dict[str, float]:
-        acc = self._right / max(done, 1)
+    def _speed(self, done: int) -> dict[str, Any]:
+        acc = self._right / max(len(self.rows), 1)
         seconds = max(time.monotonic() - self._started, 1e-9)
         return {
+            "run_id": self._run_id,
             "acc": acc,
             "reward": acc,
             "tokens_per_second": self._tokens / seconds,
             "eta_seconds": (self._total - done) * seconds / max(self._fresh, 1),
         }
+
+
+def judged(answers: Sequence[Answer], spec: EvaluateSpec, tokenizer: Any, verifier: Verifier) -> list[dict[str, Any]]:
+    """A row of :class:`erpo_core.records.Completions` for each answer, with its verdict.
+
+    Raises:
+        RunError: ``verifier_unavailable``.
+    """
+    texts = [_text(tokenizer, answer.sample) for answer in answers]
+    golds = [answer.problem.answer for answer in answers]
+    verdicts = verifier.check_many(list(zip(golds, texts, strict=True)))
+    return [_row(*parts, spec) for parts in zip(answers, texts, verdicts, strict=True)]
+
+
+def _text(tokenizer: Any, sample: Sample) -> str:
+    # PostgreSQL's text holds no NUL character.
+    return tokenizer.decode(sample.token_ids, skip_special_tokens=True).replace("\0", "\ufffd")
+
+
+def _row(answer: Answer, text: str, verdict: Verdict, spec: EvaluateSpec) -> dict[str, Any]:
+    row = {
+        "prompt_id": answer.problem.id,
+        "group": answer.group,
+        "sample": answer.number,
+        "prompt": answer.problem.problem,
+        "completion": text,
+        "gold": answer.problem.answer,
+        "level": None if answer.problem.level is None else str(answer.problem.level)[:40],
+        "subject": answer.problem.subject and answer.problem.subject[:200],
+        "advantage": None,
+        "verdict": str(verdict),
+        "boxed": has_answer(text),
+        "truncated": not answer.sample.finished,
+        "num_tokens": len(answer.sample.token_ids),
+    }
+    return credited(row, spec)
+
+
+def credited(row: dict[str, Any], spec: EvaluateSpec) -> dict[str, Any]:
+    """The row with the rewards that its verdict is worth."""
+    right = float(is_right(row, spec))
+    return {**row, "reward": right, "rewards": {"accuracy": right, "boxed_format": float(row["boxed"])}}

@@ -36,6 +36,8 @@ class JobInputs:
     """Traces that they have stored: ``prompt_id``, ``sample``, ``blob`` (of the codec, base64) and ``pivots``."""
     source: dict[str, Any] | None = None
     """The stored sequence or the stored answers that the specification names, as the kind of job wants them."""
+    also: tuple["JobInputs", ...] = ()
+    """Those of the job's further runs, where it has several: they differ in ``run_id``, ``model``, ``stored_rows``."""
 
     @property
     def stored(self) -> frozenset[tuple[str, int]]:
@@ -59,6 +61,7 @@ class JobInputs:
             stored_rows=tuple(body["stored_rows"]),
             stored_traces=tuple(body["stored_traces"]),
             source=body["source"],
+            also=tuple(map(cls.from_json, body["also"])),
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -76,6 +79,7 @@ class JobInputs:
             "stored_rows": list(self.stored_rows),
             "stored_traces": list(self.stored_traces),
             "source": self.source,
+            "also": [inputs.to_json() for inputs in self.also],
         }
 
 

@@ -15,6 +15,8 @@ SMALL_MODEL = 500_000_000
 """Parameters up to which ``scoring_dtype="auto"`` is float32."""
 _SIZE_IN_NAME = re.compile(r"(?<![\w.])(\d+(?:\.\d+)?)([BM])(?![A-Za-z0-9])", re.IGNORECASE)
 _GRADIENT_AND_ADAM_BYTES = 12
+_BYTES_IN_4BIT = 0.75
+"""A parameter; embeddings, head and norms are not in 4 bits."""
 _ACTIVATION_BYTES = 34
 """In 16 bits a token, layer and unit of hidden size, with fused attention (arXiv 2205.05198, section 4.1)."""
 
@@ -73,6 +75,8 @@ def training_memory(spec: BaseTrainSpec, size: ModelSize) -> dict[str, int | Non
         ``activation_bytes``, None where the model's shape is not known; ``memory_bytes``, the sum of the known ones.
     """
     width = 2 if _holds_bf16(spec, size) else 4
+    if spec.load_in_4bit:
+        width = _BYTES_IN_4BIT
     devices = max(1, spec.hardware.num_gpus)
     shards = devices if spec.hardware.strategy == "fsdp2" else 1
     samples = isinstance(spec, GrpoTrainSpec)

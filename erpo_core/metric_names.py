@@ -1,5 +1,10 @@
 """The names of a training run's metrics and what they mean. Light: the service shows them beside the curves."""
 
+import re
+from collections.abc import Sequence
+from itertools import chain, count
+
+_MAX_LABEL = 80
 METRICS: dict[str, str] = {
     "loss": "Loss of eqs. 4 and 5, summed over the step.",
     "reward": "Mean weighted reward.",
@@ -36,6 +41,7 @@ METRICS: dict[str, str] = {
     "time/forward": "Seconds in the policy's forward, both models' head included.",
     "time/noise": "Seconds in measuring the noise of the progress signal.",
     "time/backward": "Seconds in the backward and the rest of the step.",
+    "time/evaluate": "Seconds in evaluating the policy; no part of time/step.",
     "time/log": "Seconds in counting and reporting the step before.",
     "time/step": "Seconds from one report to the next.",
     "sampling/resample_rounds": "Rounds in which prompts without contrast gave way to others (dynamic_sampling).",
@@ -73,12 +79,36 @@ _FAMILIES = {
     "rewards/": "Mean of the reward function {}.",
     "verdict/": "Share of answers whose check ended {}.",
 }
+_EVALUATION = {
+    "acc": "Share of right answers of the policy to {}.",
+    "fmt": "Share of its answers to {} with a box.",
+    "mean_length": "Mean length of its answers to {}, tokens.",
+    "truncated": "Share of its answers to {} cut at the length limit.",
+}
+
+
+def benchmark_labels(datasets: Sequence[str]) -> list[str]:
+    """What the benchmarks of a training are called in the names of its metrics: ``math500`` for ``math500?level=5``.
+
+    One that would be called like an earlier one gets a number: ``math500_2``.
+    """
+    labels: list[str] = []
+    for dataset in datasets:
+        plain = dataset.partition("?")[0].removeprefix("reasoning-gym:").removeprefix("data:").removesuffix(".jsonl")
+        name = re.sub(r"[^\w./@-]", "_", plain)[-_MAX_LABEL:]
+        numbered = (f"{name}_{number}" for number in count(2))
+        labels.append(next(label for label in chain([name], numbered) if label not in labels))
+    return labels
 
 
 def describe(name: str) -> str | None:
     """What a metric means; None for a name that no run reports."""
     if name in METRICS:
         return METRICS[name]
+    if name.startswith("eval/"):
+        label, _, field = name.removeprefix("eval/").rpartition("/")
+        text = f"Unbiased {field} of the policy on {{}}." if field.startswith("pass@") else _EVALUATION.get(field)
+        return text and text.format(label)
     for prefix, text in _FAMILIES.items():
         if name.startswith(prefix):
             return text.format(name.removeprefix(prefix))

@@ -137,12 +137,36 @@ def _locked(path: Path):
         yield
 
 
-def load_model(path: Path, *, dtype: Any, device: str = "cpu") -> tuple[Any, Any]:
-    """Model and tokenizer of a safetensors folder. Remote code and pickles are never loaded."""
+def load_model(path: Path, *, dtype: Any, device: str = "cpu", load_in_4bit: bool = False) -> tuple[Any, Any]:
+    """Model and tokenizer of a safetensors folder. Remote code and pickles are never loaded.
+
+    Raises:
+        RunError: ``quantization_unavailable``: ``load_in_4bit`` without CUDA or bitsandbytes.
+    """
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True, trust_remote_code=False)
-    return model.to(device), load_tokenizer(path)
+    quantized = _in_4bit(dtype, device) if load_in_4bit else {}
+    model = AutoModelForCausalLM.from_pretrained(
+        path, dtype=dtype, use_safetensors=True, trust_remote_code=False, **quantized
+    )
+    return model if quantized else model.to(device), load_tokenizer(path)
+
+
+def _in_4bit(dtype: Any, device: str) -> dict[str, Any]:
+    """nf4 with quantized scales, as QLoRA (arXiv 2305.14314); products are computed in ``dtype``."""
+    if device != "cuda" or importlib.util.find_spec("bitsandbytes") is None:
+        missing = "the extra `bitsandbytes`" if device == "cuda" else "a CUDA device"
+        raise RunError(
+            f"load_in_4bit: this worker has not {missing}; write false, or start a worker that has it",
+            code="quantization_unavailable",
+        )
+    import torch
+    from transformers import BitsAndBytesConfig
+
+    settings = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+    )
+    return {"quantization_config": settings, "device_map": {"": torch.cuda.current_device()}}
 
 
 def load_tokenizer(path: Path) -> Any:
@@ -157,7 +181,17 @@ def load_tokenizer(path: Path) -> Any:
     return tokenizer
 
 
-def load_policy(inputs: JobInputs, *, dtype=None, device: str | None = None, trainable: bool = False):
+def widen_adapters(model: Any) -> None:
+    """Adapters of a 4-bit base in float32: TRL makes them bfloat16, in which a step of 5e-6 is lost."""
+    if getattr(model, "is_loaded_in_4bit", False):
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+
+
+def load_policy(
+    inputs: JobInputs, *, dtype=None, device: str | None = None, trainable: bool = False, load_in_4bit: bool = False
+):
     """The job's model with its adapter on, its tokenizer, and their digests.
 
     Returns:
@@ -167,7 +201,7 @@ def load_policy(inputs: JobInputs, *, dtype=None, device: str | None = None, tra
     device = device or default_device()
     dtype = dtype or default_dtype(device)
     path = prepare_model(inputs.model.base, cache_dir=inputs.cache_dir, model_roots=inputs.model_roots)
-    model, tokenizer = load_model(path, dtype=dtype, device=device)
+    model, tokenizer = load_model(path, dtype=dtype, device=device, load_in_4bit=load_in_4bit)
     adapter = adapter_folder(inputs)
     if adapter is not None:
         from peft import PeftModel
@@ -209,11 +243,16 @@ def policy_info(inputs: JobInputs, path: Path, *, dtype: Any, device: str) -> di
         "base": inputs.model.base,
         "model_path": str(path),
         "model_digest": folder_digest(path, "*.safetensors"),
-        "adapter_digest": folder_digest(adapter, "adapter_model.safetensors") if adapter else None,
+        "adapter_digest": adapter_digest(adapter),
         "tokenizer_digest": folder_digest(path, "tokenizer*.json"),
         "dtype": str(dtype).removeprefix("torch."),
         "device": device,
     }
+
+
+def adapter_digest(folder: Path | None) -> str | None:
+    """sha256 of an adapter's weights; None without one."""
+    return None if folder is None else folder_digest(folder, "adapter_model.safetensors")
 
 
 def folder_digest(folder: Path, pattern: str) -> str:

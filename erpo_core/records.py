@@ -16,17 +16,22 @@ MAX_PAYLOAD_BYTES = 256 * 2**20
 
 @dataclass(frozen=True)
 class Resolved:
-    """What the names of the specification turned out to be: digests, sizes, versions, device, seeds. Once, first."""
+    """What the names of the specification turned out to be: digests, sizes, versions, device, seeds. Once, first.
+
+    ``run_id``, here and below: which of the job's runs it belongs to, where there are several; else its only one.
+    """
 
     kind: ClassVar[str] = "resolved"
     data: dict[str, Any]
+    run_id: str | None = None
 
 
 @dataclass(frozen=True)
 class Progress:
     """How far it is.
 
-    ``phase``: ``load``, ``train``, ``generate``, ``score``, ``pivots``, ``solve``, ``continue``, ``save``.
+    ``phase``: ``load``, ``train``, ``evaluate``, ``generate``, ``score``, ``pivots``, ``solve``, ``continue``,
+    ``verify``, ``save``.
     """
 
     kind: ClassVar[str] = "progress"
@@ -58,6 +63,7 @@ class Completions:
     kind: ClassVar[str] = "completions"
     step: int
     rows: list[dict[str, Any]]
+    run_id: str | None = None
 
 
 @dataclass(frozen=True)
@@ -105,6 +111,7 @@ class Result:
 
     kind: ClassVar[str] = "result"
     data: dict[str, Any]
+    run_id: str | None = None
 
 
 @dataclass(frozen=True)

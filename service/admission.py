@@ -15,8 +15,8 @@ from erpo_core.errors import NotFoundError, SpecError, UnknownReferenceError
 from erpo_core.generation.vllm_server import check_server
 from erpo_core.models import check_model_ref
 from erpo_core.rewards.functions import check_rewards
-from erpo_core.specs import BranchSpec
-from erpo_core.specs.common import CheckpointRef, JobOptions
+from erpo_core.specs import BranchSpec, EvaluateSpec
+from erpo_core.specs.common import CheckpointRef, CheckpointsRef, JobOptions
 from erpo_core.specs.entropy import AnswerSource
 from service.auth import Principal
 from service.db import datasets as dataset_rows
@@ -29,10 +29,14 @@ from service.settings import Settings
 
 @dataclass
 class Admitted:
-    """What admission found: the runs that must succeed first; the size of what is worked on, if it is known."""
+    """What admission found: the runs that must succeed first; the size of what is worked on, if it is known.
+
+    ``num_eval_problems``: of each benchmark that a training is evaluated on.
+    """
 
     depends_on: list[str] = field(default_factory=list)
     num_problems: int | None = None
+    num_eval_problems: list[int | None] = field(default_factory=list)
     num_tokens: int | None = None
 
 
@@ -46,11 +50,15 @@ def admit(database: Database, settings: Settings, principal: Principal, spec: An
     if getattr(spec, "logprobs", None):
         bounded_entropies(spec.logprobs)
     admitted = Admitted()
+    if getattr(spec, "answers_of", None):
+        with database.read() as session:
+            _check_answers(session, principal, spec, admitted)
+        return admitted
     with database.read() as session:
         _check_model(session, settings, principal, spec, admitted)
         _check_dependencies(session, principal, spec.job, admitted)
-        if getattr(spec, "dataset", None):
-            _check_upload(session, principal, spec.dataset.partition("?")[0])
+        for ref, pointer in _datasets(spec):
+            _check_upload(session, principal, ref.partition("?")[0], pointer)
         if getattr(spec, "source", None):
             _check_source(session, principal, spec.source, admitted)
         if hasattr(spec, "sequence"):
@@ -60,13 +68,26 @@ def admit(database: Database, settings: Settings, principal: Principal, spec: An
         admitted.num_problems = check_dataset(spec.dataset, settings.data_root, with_solutions=imitates)
         if not imitates:
             check_dataset_golds(spec.dataset, settings.data_root)
+    for ref, pointer in _eval_benchmarks(spec):
+        admitted.num_eval_problems.append(check_dataset(ref, settings.data_root, pointer=pointer))
+        check_dataset_golds(ref, settings.data_root, pointer=pointer)
     if hasattr(spec, "rewards"):
         check_rewards(spec.rewards)
     check_server(getattr(spec, "vllm_server_base_url", None), settings.vllm_servers)
     return admitted
 
 
-def _check_upload(session: Session, principal: Principal, dataset: str) -> None:
+def _datasets(spec: Any) -> list[tuple[str, str]]:
+    """Every data set that a specification names, and where."""
+    own = [(spec.dataset, "/dataset")] if getattr(spec, "dataset", None) else []
+    return own + _eval_benchmarks(spec)
+
+
+def _eval_benchmarks(spec: Any) -> list[tuple[str, str]]:
+    return [(ref, f"/eval_benchmarks/{index}") for index, ref in enumerate(getattr(spec, "eval_benchmarks", ()))]
+
+
+def _check_upload(session: Session, principal: Principal, dataset: str, pointer: str) -> None:
     """An uploaded data set belongs to somebody; other forms of names are checked without the database."""
     if not dataset.startswith("ds_"):
         return
@@ -74,13 +95,13 @@ def _check_upload(session: Session, principal: Principal, dataset: str) -> None:
         principal.check_sees(dataset_rows.get_dataset(session, dataset).owner, f"data set {dataset}")
     except NotFoundError:
         raise UnknownReferenceError(
-            f"there is no data set {dataset}", pointer="/dataset", mend="name one that GET /datasets lists"
+            f"there is no data set {dataset}", pointer=pointer, mend="name one that GET /datasets lists"
         ) from None
 
 
 def _check_model(session: Session, settings: Settings, principal: Principal, spec: Any, admitted: Admitted) -> None:
     model = spec.model
-    if not isinstance(model, CheckpointRef):
+    if not isinstance(model, CheckpointRef | CheckpointsRef):
         if getattr(spec, "logprobs", None):
             return  # Whose log-probabilities these are: it is not loaded, and need not be known.
         # Trained weights of a run are reached by the run's id, so that its owner is checked: not by their folder.
@@ -96,17 +117,52 @@ def _check_model(session: Session, settings: Settings, principal: Principal, spe
     if not job_rows.get_job(session, run.job_id).is_terminal:
         admitted.depends_on.append(run.id)
         return
-    _check_checkpoint(session, model)
-
-
-def _check_checkpoint(session: Session, model: CheckpointRef) -> None:
-    steps = [row.step for row in run_rows.list_checkpoints(session, model.run)]
-    if steps and (model.checkpoint in ("last", "best") or model.checkpoint in steps):
+    if isinstance(model, CheckpointRef):
+        _check_checkpoint(session, run.id, model.checkpoint, "/model/checkpoint")
         return
+    steps: list[int] = []
+    for index, wanted in enumerate(model.checkpoints):
+        steps.append(_check_checkpoint(session, run.id, wanted, f"/model/checkpoints/{index}"))
+        if steps[-1] in steps[:-1]:
+            raise SpecError(
+                f"{wanted!r} is the checkpoint of step {steps[-1]}, which is named already",
+                pointer=f"/model/checkpoints/{index}",
+                mend="name each checkpoint once",
+            )
+
+
+def _check_checkpoint(session: Session, run_id: str, wanted: str | int, pointer: str) -> int:
+    """Its step."""
+    found = run_rows.find_checkpoint(session, run_id, wanted)
+    if found is not None:
+        return found.step
+    steps = [row.step for row in run_rows.list_checkpoints(session, run_id)]
     known = f"write one of {sorted(steps)}, `last` or `best`" if steps else "name a run that has saved a checkpoint"
-    raise UnknownReferenceError(
-        f"{model.run} has no checkpoint {model.checkpoint!r}", pointer="/model/checkpoint", mend=known
-    )
+    raise UnknownReferenceError(f"{run_id} has no checkpoint {wanted!r}", pointer=pointer, mend=known)
+
+
+def _check_answers(session: Session, principal: Principal, spec: EvaluateSpec, admitted: Admitted) -> None:
+    """An evaluation that judges another one's answers samples none: its model and its data may be gone by now."""
+    _check_dependencies(session, principal, spec.job, admitted)
+    run = _visible_run(session, principal, spec.answers_of, "/answers_of")
+    if run.kind != "evaluate" or not run_rows.size_of_answers(session, run.id, step=None, limit=1)[0]:
+        raise UnknownReferenceError(
+            f"{run.id} is no evaluation with stored answers",
+            pointer="/answers_of",
+            mend="name one that GET /runs?kind=evaluate lists and that has answers",
+        )
+    if not job_rows.get_job(session, run.job_id).is_terminal:
+        raise SpecError(
+            f"{run.id} is not finished", pointer="/answers_of", mend="wait until its job has ended", code="not_finished"
+        )
+    asked = EvaluateSpec.model_validate(run.spec)
+    for name in EvaluateSpec.model_fields:
+        if name not in ("job", "answers_of") and getattr(spec, name) != getattr(asked, name):
+            raise SpecError(
+                f"{run.id} was asked with another {name}",
+                pointer=f"/{name}",
+                mend=f"order it by POST /evaluations/{run.id}/verify, which repeats its request",
+            )
 
 
 def _check_source(session: Session, principal: Principal, source: AnswerSource, admitted: Admitted) -> None:

@@ -1,11 +1,12 @@
 """Rough sizes of an order, for ``?dry_run=true``: steps, tokens, memory, bytes of traces."""
 
+from collections.abc import Sequence
 from math import ceil
 from typing import Any
 
 from erpo_core.memory import ModelSize, training_memory
 from erpo_core.specs import BranchSpec, EntropySpec, EvaluateSpec, PerturbationSpec
-from erpo_core.specs.train import GrpoTrainSpec, SftTrainSpec
+from erpo_core.specs.train import BaseTrainSpec, GrpoTrainSpec, SftTrainSpec
 
 _TRAIN_TRACE_BYTES = 20
 _TRACE_BYTES = 12
@@ -13,17 +14,22 @@ _TRACE_BYTES = 12
 
 
 def estimate(
-    spec: Any, num_problems: int | None, *, size: ModelSize | None = None, num_tokens: int | None = None
+    spec: Any,
+    num_problems: int | None,
+    *,
+    size: ModelSize | None = None,
+    num_tokens: int | None = None,
+    num_eval_problems: Sequence[int | None] = (),
 ) -> dict[str, int | float | None]:
     """Upper bounds; None where the size of the data set or of the model is not known before it is loaded.
 
     ``num_tokens``: of the stored answers that an entropy analysis names, if they are there already.
+    ``num_eval_problems``: of each benchmark that a training is evaluated on.
     """
-    memory = training_memory(spec, size) if size and isinstance(spec, GrpoTrainSpec | SftTrainSpec) else {}
-    if isinstance(spec, GrpoTrainSpec):
-        return _train(spec, num_problems) | memory
-    if isinstance(spec, SftTrainSpec):
-        return _imitate(spec, num_problems) | memory
+    if isinstance(spec, GrpoTrainSpec | SftTrainSpec):
+        found = _train(spec, num_problems) if isinstance(spec, GrpoTrainSpec) else _imitate(spec, num_problems)
+        found |= _evaluations(spec, found["steps"], num_eval_problems)
+        return found | (training_memory(spec, size) if size else {})
     if isinstance(spec, EvaluateSpec):
         return _evaluate(spec, num_problems)
     if isinstance(spec, PerturbationSpec):
@@ -63,17 +69,37 @@ def _imitate(spec: SftTrainSpec, num_problems: int | None) -> dict[str, int | fl
     return {"num_problems": num_problems, "steps": steps, "sequences": sequences, "tokens": tokens, "trace_bytes": 0}
 
 
+def _evaluations(
+    spec: BaseTrainSpec, steps: int | None, num_problems: Sequence[int | None]
+) -> dict[str, int | float | None]:
+    """What a training samples in its evaluations."""
+    if not spec.eval_every:
+        return {}
+    sizes = [_least(count, spec.eval_limit) for count in num_problems]
+    if steps is None or None in sizes:
+        return {"eval_completions": None, "eval_completion_tokens": None}
+    # Before the first step, and after every `eval_every` up to the last.
+    completions = (1 + ceil(steps / spec.eval_every)) * sum(sizes) * spec.eval_num_samples
+    own = getattr(spec, "max_completion_length", None) or spec.max_length - 1
+    length = spec.eval_sampling.max_completion_length or own
+    return {"eval_completions": completions, "eval_completion_tokens": completions * length}
+
+
+def _least(*counts: int | None) -> int | None:
+    return min((count for count in counts if count is not None), default=None)
+
+
 def _evaluate(spec: EvaluateSpec, num_problems: int | None) -> dict[str, int | float | None]:
-    counts = [count for count in (num_problems, spec.limit) if count is not None]
-    problems = min(counts) if counts else None
-    completions = None if problems is None else problems * spec.num_samples
+    if spec.answers_of is not None:
+        return {"completions": 0, "completion_tokens": 0, "trace_bytes": 0}
+    problems = _least(num_problems, spec.limit)
+    completions = None if problems is None else problems * spec.num_samples * len(spec.each())
     tokens = None if completions is None else completions * spec.sampling.max_completion_length
     return {"num_problems": problems, "completions": completions, "completion_tokens": tokens, "trace_bytes": 0}
 
 
 def _perturbation(spec: PerturbationSpec, num_problems: int | None) -> dict[str, int | float | None]:
-    counts = [count for count in (num_problems, spec.limit) if count is not None]
-    tried = min(counts) if counts else None
+    tried = _least(num_problems, spec.limit)
     wanted = spec.num_problems if tried is None else min(spec.num_problems, tried)
     places = spec.num_positions if spec.mode == "branch_one" else 1
     outcomes = wanted * len(spec.arms) * places * spec.num_continuations

@@ -9,7 +9,6 @@ from erpo_core.errors import NotFoundError, SpecError
 from erpo_core.evaluation_identity import model_of
 from erpo_core.evaluation_summary import summarise
 from erpo_core.reports import Entry
-from erpo_core.rewards.verify import Verifier, verifier_version
 from erpo_core.specs.evaluate import EvaluateSpec
 from service.auth import Principal
 from service.db import jobs as job_rows
@@ -86,13 +85,11 @@ def model_label(session: Session, model: str | dict[str, Any]) -> str:
     return f"{name or run_id} @ {checkpoint}"
 
 
-def recomputed(
-    session: Session, run: Any, *, pass_at: str | None, truncated_boxed: str | None, verify: bool
-) -> dict[str, Any]:
-    """The result of an evaluation from its stored answers: other k, another rule for cut answers, other verdicts.
+def recomputed(session: Session, run: Any, *, pass_at: str | None, truncated_boxed: str | None) -> dict[str, Any]:
+    """The result of an evaluation from its stored answers: other k, another rule for cut answers.
 
     Raises:
-        SpecError: a k that is no whole number from 1 to the number of samples; no answer is stored; no verifier here.
+        SpecError: a k that is no whole number from 1 to the number of samples; no answer is stored.
     """
     spec = EvaluateSpec.model_validate(run.spec)
     changes: dict[str, Any] = {"truncated_boxed": truncated_boxed or spec.truncated_boxed}
@@ -101,24 +98,7 @@ def recomputed(
     rows = run_rows.stored_answers(session, run.id)
     if not rows:
         raise SpecError(f"evaluation {run.id} has no answer yet", pointer="/query/pass_at", mend="wait for its answers")
-    if verify:
-        _judge(rows)
-    return summarise(rows, spec.model_copy(update=changes)) | ({"verifier": verifier_version()} if verify else {})
-
-
-def _judge(rows: list[dict[str, Any]]) -> None:
-    """Put the verdicts of the verifier that is installed here in place of the stored ones."""
-    if verifier_version() is None:
-        raise SpecError(
-            "math-verify is not installed beside this service",
-            pointer="/query/verify",
-            mend="install it there, or leave verify out",
-            code="verifier_unavailable",
-        )
-    with Verifier(processes=2) as verifier:
-        verdicts = verifier.check_many([(row["gold"] or "", row["completion"]) for row in rows])
-    for row, verdict in zip(rows, verdicts, strict=True):
-        row["verdict"] = str(verdict)
+    return summarise(rows, spec.model_copy(update=changes))
 
 
 def _ks(text: str, num_samples: int) -> tuple[int, ...]:

@@ -42,6 +42,7 @@ def job_json(job: Any) -> dict[str, Any]:
     return {
         "id": job.id,
         "run_id": run_id,
+        "run_ids": job.run_ids,
         "kind": job.kind,
         "name": job.name,
         "tags": list(job.tags or ()),

@@ -43,8 +43,9 @@ class _Desk:
         def create(session: Session) -> Answer:
             self._check_room(session)
             options = spec.job.model_dump(mode="json") | {"depends_on": admitted[0].depends_on}
-            body = spec.model_dump(mode="json", exclude={"job"})
-            job = job_rows.create_job(session, kind=kind, spec=body, options=options, owner=self.principal.owner)
+            first, *more = [one.model_dump(mode="json", exclude={"job"}) for one in spec.each()]
+            owner = self.principal.owner
+            job = job_rows.create_job(session, kind=kind, spec=first, options=options, owner=owner, more=more)
             session.flush()
             return Answer(202, job_json(job), {"Location": f"/jobs/{job.id}"})
 
@@ -64,6 +65,7 @@ class _Desk:
                 admitted.num_problems,
                 size=model_size(spec.model, self.settings.model_roots),
                 num_tokens=admitted.num_tokens,
+                num_eval_problems=admitted.num_eval_problems,
             ),
             "depends_on": admitted.depends_on,
         }

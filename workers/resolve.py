@@ -1,6 +1,7 @@
 """From a claimed job to what its child needs: a model reference becomes names and local paths."""
 
 from base64 import b64encode
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,21 +27,36 @@ def resolve_inputs(session: Session, claim: Claim, settings: Settings) -> JobInp
             not know the vLLM server.
     """
     check_server(claim.spec.get("vllm_server_base_url"), settings.vllm_servers)
-    return JobInputs(
+    inputs = JobInputs(
         job_id=claim.job_id,
         run_id=claim.run_id,
         attempt=claim.attempt,
         work_dir=settings.artifacts_dir / "runs" / claim.run_id / f"attempt-{claim.attempt}",
         cache_dir=settings.cache_dir,
-        model=resolve_model(session, claim.spec["model"]),
+        model=_model(session, claim),
         data_root=settings.data_root,
         # A run that trained every weight is a base model for others, and lies among the artifacts.
         model_roots=(*settings.model_roots, settings.artifacts_dir),
         resume_from=_resume_from(session, claim),
-        stored_rows=_stored_rows(session, claim),
+        stored_rows=_stored_rows(session, claim, claim.run_id),
         stored_traces=_stored_traces(session, claim),
         source=_source(session, claim),
     )
+    more = jobs.get_job(session, claim.job_id).more_run_ids
+    return replace(inputs, also=tuple(_of_run(session, claim, inputs, run_id) for run_id in more))
+
+
+def _of_run(session: Session, claim: Claim, inputs: JobInputs, run_id: str) -> JobInputs:
+    """Those of a further run of the job."""
+    model = resolve_model(session, jobs.get_run(session, run_id).spec["model"])
+    rows = _stored_rows(session, claim, run_id)
+    return replace(inputs, run_id=run_id, model=model, stored_rows=rows, stored_traces=())
+
+
+def _model(session: Session, claim: Claim) -> ModelInput:
+    if claim.spec.get("answers_of"):
+        return ModelInput("")  # nothing is loaded to judge stored answers: the checkpoint may be gone
+    return resolve_model(session, claim.spec["model"])
 
 
 def resolve_model(session: Session, reference: str | dict[str, Any], depth: int = 0) -> ModelInput:
@@ -61,21 +77,12 @@ def resolve_model(session: Session, reference: str | dict[str, Any], depth: int 
 
 
 def _checkpoint_folder(session: Session, run_id: str, wanted: str | int) -> Path:
-    found = sorted(runs.list_checkpoints(session, run_id), key=lambda row: row.step)
-    if isinstance(wanted, int):
-        found = [row for row in found if row.step == wanted]
-    elif wanted == "best":
-        found.sort(key=_reward)
-    if not found:
+    found = runs.find_checkpoint(session, run_id, wanted)
+    if found is None:
         raise UnknownReferenceError(
             f"run {run_id} has no checkpoint {wanted!r}", pointer="/model", mend=f"see GET /runs/{run_id}/checkpoints"
         )
-    return _existing(Path(found[-1].path))
-
-
-def _reward(checkpoint) -> float:
-    reward = (checkpoint.data or {}).get("reward")
-    return float("-inf") if reward is None else reward
+    return _existing(Path(found.path))
 
 
 def damaged_checkpoint(session: Session, claim: Claim) -> int | None:
@@ -101,10 +108,10 @@ def _existing(folder: Path) -> Path:
     return folder
 
 
-def _stored_rows(session: Session, claim: Claim) -> tuple[dict[str, Any], ...]:
+def _stored_rows(session: Session, claim: Claim, run_id: str) -> tuple[dict[str, Any], ...]:
     if claim.kind not in KEEPS_RECORDS or claim.attempt == 1:
         return ()
-    return tuple(runs.stored_answers(session, claim.run_id))
+    return tuple(runs.stored_answers(session, run_id))
 
 
 def _stored_traces(session: Session, claim: Claim) -> tuple[dict[str, Any], ...]:
@@ -118,6 +125,9 @@ def _source(session: Session, claim: Claim) -> dict[str, Any] | None:
     """What an analysis of stored things works on."""
     if claim.kind == "branch":
         return _stored_sequence(session, claim.spec["sequence"])
+    if claim.spec.get("answers_of"):
+        run = jobs.get_run(session, claim.spec["answers_of"])
+        return {"resolved": run.resolved, "answers": runs.stored_answers(session, run.id, with_prompt=True)}
     source = claim.spec.get("source") if claim.kind == "entropy" else None
     if source is None:
         return None

@@ -86,7 +86,7 @@ class VLLMEngine:
         if self._on_cuda:
             settings["gpu_memory_utilization"] = gpu_memory_utilization
         else:
-            settings |= _cpu_settings(Path(model_path), dtype, max_model_len, max_num_seqs or _CPU_SEQUENCES)
+            settings |= cpu_settings(Path(model_path), dtype, max_model_len, max_num_seqs or _CPU_SEQUENCES)
         self._llm = _start(settings)
 
     def generate(
@@ -303,8 +303,11 @@ def _own_device() -> Iterator[None]:
             os.environ["CUDA_VISIBLE_DEVICES"] = visible
 
 
-def _cpu_settings(model_path: Path, dtype: str, max_model_len: int, sequences: int) -> dict[str, Any]:
-    """The engine in this process, where it can be seeded, with no thread bound to a core."""
+def cpu_settings(model_path: Path, dtype: str, max_model_len: int, sequences: int) -> dict[str, Any]:
+    """vLLM's settings for an engine in this process, where it can be seeded, with no thread bound to a core.
+
+    To be called before vLLM is imported: some of them are in the environment.
+    """
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # read when vLLM is imported
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     cache = _cache_bytes(model_path, dtype, max_model_len, sequences)

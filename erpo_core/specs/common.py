@@ -13,14 +13,34 @@ class Spec(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
+    def each(self) -> "list[Self]":
+        """One specification for each run of the job: itself, unless it names several models."""
+        return [self]
+
+
+Checkpoint = Literal["last", "best"] | Annotated[int, Field(ge=0)]
+
 
 class CheckpointRef(Spec):
     """A checkpoint of a run of this service."""
 
     run: str = Field(pattern=r"^run_[0-9a-f]{32}$", description="Id of a training run.")
-    checkpoint: Literal["last", "best"] | Annotated[int, Field(ge=0)] = Field(
-        "last", description="`last`, `best` (highest reward), or a step."
+    checkpoint: Checkpoint = Field("last", description="`last`, `best` (highest reward), or a step.")
+
+
+class CheckpointsRef(Spec):
+    """Several checkpoints of one run of this service."""
+
+    run: str = Field(pattern=r"^run_[0-9a-f]{32}$", description="Id of a training run.")
+    checkpoints: tuple[Checkpoint, ...] = Field(
+        min_length=1, max_length=32, description="`last`, `best` and steps: an evaluation for each."
     )
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if len(set(self.checkpoints)) < len(self.checkpoints):
+            raise ValueError("checkpoints: one is named twice; name each once")
+        return self
 
 
 ModelRef = Annotated[

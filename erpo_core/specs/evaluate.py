@@ -1,18 +1,46 @@
 """The body of `POST /jobs/evaluate`."""
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
-from erpo_core.specs.common import DatasetRef, HardwareSpec, JobOptions, ModelRef, PromptSpec, SamplingSpec, Spec
+from erpo_core.specs.common import (
+    CheckpointRef,
+    CheckpointsRef,
+    DatasetRef,
+    HardwareSpec,
+    JobOptions,
+    Name,
+    PromptSpec,
+    SamplingSpec,
+    Spec,
+)
 
 PASS_AT = (1, 2, 4, 8, 16)
+
+
+def _form(value: Any) -> str:
+    if isinstance(value, CheckpointsRef) or (isinstance(value, dict) and "checkpoints" in value):
+        return "several checkpoints"
+    return "one checkpoint" if isinstance(value, dict | CheckpointRef) else "name"
+
+
+EvaluatedRef = Annotated[
+    Annotated[Name, Tag("name")]
+    | Annotated[CheckpointRef, Tag("one checkpoint")]
+    | Annotated[CheckpointsRef, Tag("several checkpoints")],
+    Discriminator(_form),
+    Field(
+        description="A registered name (`smollm2-135m`), a hub id, a local folder, a run's checkpoint, or several of "
+        "one run: an evaluation each, on one loaded base model."
+    ),
+]
 
 
 class EvaluateSpec(Spec):
     """n sampled answers to each problem of a benchmark, checked and counted."""
 
-    model: ModelRef
+    model: EvaluatedRef
     dataset: DatasetRef
     prompt: PromptSpec = PromptSpec()
     sampling: SamplingSpec = SamplingSpec()
@@ -35,6 +63,12 @@ class EvaluateSpec(Spec):
         "2048 on CUDA.",
     )
     bf16: bool | None = Field(None, description="null: float32 on the CPU, bfloat16 on CUDA.")
+    answers_of: str | None = Field(
+        None,
+        pattern=r"^run_[0-9a-f]{32}$",
+        description="Judge the stored answers of this evaluation again, sample none; the rest of the request must be "
+        "that evaluation's. `POST /evaluations/{id}/verify` orders it.",
+    )
     hardware: HardwareSpec = HardwareSpec()
     job: JobOptions = JobOptions()
 
@@ -49,3 +83,10 @@ class EvaluateSpec(Spec):
                     f"write k up to {self.num_samples}, or num_samples of at least {k}"
                 )
         return self
+
+    def each(self) -> list[Self]:
+        """An evaluation for each checkpoint that ``model`` names."""
+        if not isinstance(self.model, CheckpointsRef):
+            return [self]
+        models = [CheckpointRef(run=self.model.run, checkpoint=wanted) for wanted in self.model.checkpoints]
+        return [self.model_copy(update={"model": model}) for model in models]

@@ -18,8 +18,20 @@ from erpo_core.specs.common import (
 _REWARDS = (RewardSpec(name="accuracy", weight=1.0), RewardSpec(name="boxed_format", weight=0.2))
 
 
+class EvalSamplingSpec(Spec):
+    """How the evaluations of a training sample; what is null is as in the training itself."""
+
+    temperature: float | None = Field(None, ge=0, le=10, description="0 is greedy decoding.")
+    top_p: float | None = Field(None, gt=0, le=1)
+    top_k: int | None = Field(None, ge=0, description="0 keeps the whole vocabulary.")
+    max_completion_length: int | None = Field(
+        None, ge=1, le=65_536, description="Tokens; null: the training's, as far as `max_length` leaves room for them."
+    )
+    seed: int = Field(0, ge=0, le=2**31 - 1, description="The same at every step.")
+
+
 class BaseTrainSpec(Spec):
-    """What every algorithm has: a model, problems, an optimizer, checkpoints."""
+    """What every algorithm has: a model, problems, an optimizer, checkpoints, evaluations on the way."""
 
     model: ModelRef
     dataset: DatasetRef
@@ -36,14 +48,51 @@ class BaseTrainSpec(Spec):
     max_skipped_steps: int = Field(10, ge=0, description="Steps with a gradient that is not finite, at most.")
 
     lora: LoraSpec | None = Field(LoraSpec(), description="null trains every weight.")
+    load_in_4bit: bool = Field(
+        False,
+        description="Hold the frozen base in 4 bits (nf4): wants `lora`, CUDA, and the extra `bitsandbytes`.",
+    )
     bf16: bool | None = Field(None, description="null: float32 on the CPU, bfloat16 on CUDA.")
     gradient_checkpointing: bool = False
 
     save_steps: int = Field(50, ge=1)
     save_total_limit: int = Field(3, ge=1, le=100)
     seed: int = Field(42, ge=0, le=2**31 - 1)
+
+    eval_every: int = Field(
+        0, ge=0, description="Steps between evaluations of the policy, also before the first step and after the last."
+    )
+    eval_benchmarks: tuple[DatasetRef, ...] = Field((), max_length=8, description="What it is evaluated on.")
+    eval_num_samples: int = Field(1, ge=1, le=1024, description="Answers per problem of a benchmark.")
+    eval_limit: int | None = Field(None, ge=1, description="Only the first problems of each benchmark.")
+    eval_sampling: EvalSamplingSpec = EvalSamplingSpec()
+
     hardware: HardwareSpec = HardwareSpec()
     job: JobOptions = JobOptions()
+
+    @model_validator(mode="after")
+    def _check_base(self) -> Self:
+        if self.load_in_4bit and self.lora is None:
+            raise ValueError("load_in_4bit: only frozen weights are held in 4 bits; keep `lora`, or write false")
+        return self
+
+    @model_validator(mode="after")
+    def _check_evaluations(self) -> Self:
+        if self.eval_every and not self.eval_benchmarks:
+            raise ValueError("eval_benchmarks: nothing to evaluate on; name a benchmark, or write eval_every 0")
+        if self.eval_benchmarks and not self.eval_every:
+            raise ValueError("eval_every: 0 evaluates never; write the steps between evaluations of eval_benchmarks")
+        if len(set(self.eval_benchmarks)) < len(self.eval_benchmarks):
+            raise ValueError("eval_benchmarks: one is named twice; name each once")
+        if (self.eval_sampling.max_completion_length or 1) >= self.max_length:
+            raise ValueError(
+                "eval_sampling/max_completion_length: must be below max_length, which counts prompt and completion"
+            )
+        return self
+
+    def is_evaluated_at(self, step: int, last_step: int) -> bool:
+        """Whether the policy of this step is evaluated; step 0 is that before the first update."""
+        return bool(self.eval_every) and (step % self.eval_every == 0 or step == last_step)
 
 
 class SftTrainSpec(BaseTrainSpec):
@@ -163,6 +212,8 @@ class GrpoTrainSpec(BaseTrainSpec):
                 "vllm_server_base_url: goes with `use_vllm: true` and `vllm_mode: server`; write all three, or none"
             )
         self._check_correction()
+        if self.use_vllm and self.load_in_4bit:
+            raise ValueError("load_in_4bit: vLLM would sample from the base in 16 bits; write false, or use_vllm false")
         if self.use_vllm and self.lora is None:
             raise ValueError(
                 "use_vllm: vLLM is sent LoRA adapters at each step, not every weight; keep `lora`, or write false"

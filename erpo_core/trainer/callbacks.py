@@ -54,6 +54,10 @@ class RecordCallback(TrainerCallback):
         """Tokens of one step: those that were sampled, by all processes."""
         return round(logs.get("completions/sampled_tokens") or 0)
 
+    def leave_out(self, seconds: float) -> None:
+        """Time that is no part of the step at hand."""
+        self._step_started += seconds
+
     def on_train_begin(self, args, state, control, **kwargs):
         self._started = self._step_started = time.monotonic()
         self._first_step = state.global_step

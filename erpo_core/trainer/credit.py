@@ -110,7 +110,8 @@ class TokenCredit:
         logps = columns["logps"]
         columns["logps"] = logps.detach()
         names = ("entropies", "logps", "ref_logps")
-        signals = self._signals(*(columns[name] for name in names), mask, batch.rewards, batch.outcomes)
+        known = [columns[name] for name in names]
+        signals = self._signals(*known, mask, batch.rewards, batch.outcomes, self._totals)
         advantages = self._final(signals, mask, columns["entropies"])
         return logps, Scored(**columns, signals=signals, advantages=advantages)
 
@@ -128,9 +129,12 @@ class TokenCredit:
             *columns, whole, rewards, outcomes = (
                 ranks.gather_rows(self.accelerator, values) for values in (*columns, mask, rewards, outcomes)
             )
-            signals = ranks.local_signals(self.accelerator, self._signals(*columns, whole, rewards, outcomes), mask)
+            # Every rank has the same groups: one of them counts.
+            totals = self._totals if self.accelerator.is_main_process else Totals()
+            signals = self._signals(*columns, whole, rewards, outcomes, totals)
+            signals = ranks.local_signals(self.accelerator, signals, mask)
         else:
-            signals = self._signals(*columns, mask, rewards, outcomes)
+            signals = self._signals(*columns, mask, rewards, outcomes, self._totals)
         for batch, scores in zip(batches, found, strict=True):
             rows = slice(batch.first_row, batch.first_row + len(batch.rewards))
             own = replace(
@@ -139,8 +143,8 @@ class TokenCredit:
             advantages = self._final(own, batch.rollouts.mask, scores["entropies"])
             batch.old = Scored(**scores, signals=own, advantages=advantages)
 
-    def _signals(self, entropies, logps, ref_logps, mask, rewards, outcomes) -> ERPOSignals:
-        """Eqs. 3 and 7-10 for whole groups, and what is counted of them."""
+    def _signals(self, entropies, logps, ref_logps, mask, rewards, outcomes, totals: Totals) -> ERPOSignals:
+        """Eqs. 3 and 7-10 for whole groups; what is counted of them goes to ``totals``."""
         args, state = self.args, self.run_state
         # Scores that are not finite make the loss, and so the step, void; here they must only not raise.
         signals = erpo_advantages(
@@ -163,10 +167,10 @@ class TokenCredit:
             anchor=args.anchor,
             norm=args.norm,
         )
-        measures.count_groups(self._totals, rewards, outcomes, signals, mask, self.num_generations)
+        measures.count_groups(totals, rewards, outcomes, signals, mask, self.num_generations)
         live = measures.live_groups(signals.advantages, self.num_generations)
         if args.algorithm == "erpo":
-            measures.count_invariants(self._totals, "", signals.advantages, live, mask, self.num_generations)
+            measures.count_invariants(totals, "", signals.advantages, live, mask, self.num_generations)
         wide = entropies[mask & live.repeat_interleave(self.num_generations)[:, None]].detach().double()
         for index, value in enumerate((len(wide), wide.sum().item(), wide.square().sum().item())):
             self._entropy_sums[index] += value

@@ -83,6 +83,11 @@ def gather_totals(accelerator: Accelerator, totals: Totals) -> Totals:
     return whole
 
 
+def gather_lists(accelerator: Accelerator, items: list[Any]) -> list[Any]:
+    """The lists of all ranks, one after the other."""
+    return items if accelerator.num_processes == 1 else gather_object(items)
+
+
 def mean_of(accelerator: Accelerator, value: float) -> float:
     """The ranks' mean."""
     return total_of(accelerator, [value])[0] / accelerator.num_processes

@@ -69,19 +69,21 @@ class SampledAnswers:
         self._samples = samples
         return [sample.token_ids for sample in samples], None
 
-    def sample(self, prompts: list[list[int]], n: int, *, seed: int) -> list[list[Sample]]:
-        """``n`` answers of the policy as it is to each prompt; nothing of the trainer changes."""
+    def sample(self, prompts: list[list[int]], n: int, *, seed: int, **changes: float) -> list[list[Sample]]:
+        """``n`` answers of the policy as it is to each prompt; nothing of the trainer changes. All ranks must call it.
+
+        ``changes``: how they are sampled, in :meth:`erpo_core.generation.base.Engine.generate`'s names, where that is
+        not as in training.
+        """
+        sampling = {
+            "temperature": self.temperature,
+            "top_p": self.args.top_p,
+            "top_k": self.args.top_k or 0,
+            "max_new_tokens": self.max_completion_length,
+        }
         with self._autocast(self.args.bf16):
-            return self._engine().generate(
-                prompts,
-                n=n,
-                temperature=self.temperature,
-                top_p=self.args.top_p,
-                top_k=self.args.top_k or 0,
-                max_new_tokens=self.max_completion_length,
-                stop_ids=stop_token_ids(self.processing_class),
-                seed=seed,
-            )
+            stop_ids = stop_token_ids(self.processing_class)
+            return self._engine().generate(prompts, n=n, stop_ids=stop_ids, seed=seed, **sampling | changes)
 
     def _engine(self) -> Engine:
         """Samples from the policy as it is now."""

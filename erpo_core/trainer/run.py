@@ -3,6 +3,7 @@
 import math
 import os
 import time
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import fields
 from pathlib import Path
@@ -22,6 +23,7 @@ from erpo_core.trainer.callbacks import RecordCallback
 from erpo_core.trainer.config import ERPOConfig
 from erpo_core.trainer.data import load_training_problems, make_dataset, report_dropped, with_completion_length
 from erpo_core.trainer.environment import environment
+from erpo_core.trainer.evaluating import LeftEarlyError, PolicyEvaluation, TrainingBenchmark, load_benchmarks
 from erpo_core.trainer.preflight import run_preflight
 from erpo_core.trainer.trainer import ERPOTrainer
 
@@ -83,7 +85,9 @@ def run_training(spec: GrpoTrainSpec, inputs: JobInputs, sink: Sink, stop: Stop)
     sink.emit(Progress("load", 0, 1))
     with first_process_first():
         path = prepare_model(inputs.model.base, cache_dir=inputs.cache_dir, model_roots=inputs.model_roots)
-    model, tokenizer, info = load_policy(inputs, dtype=_load_dtype(spec, path), trainable=True)
+    model, tokenizer, info = load_policy(
+        inputs, dtype=_load_dtype(spec, path), trainable=True, load_in_4bit=spec.load_in_4bit
+    )
     problems = load_training_problems(spec, inputs, sink)
     dataset, dropped = make_dataset(tokenizer, problems, spec)
     report_dropped(sink, dropped, len(problems), "are too long")
@@ -93,33 +97,42 @@ def run_training(spec: GrpoTrainSpec, inputs: JobInputs, sink: Sink, stop: Stop)
         functions = reward_functions(spec.rewards, verifier)
         origin = {name: info[name] for name in ("model_digest", "adapter_digest", "tokenizer_digest", "dtype")}
         records = RecordCallback(sink, stop, origin | {"head_dtype": "float32"})
+        benchmarks = load_benchmarks(spec, inputs, tokenizer, verifier)
+        evaluation = PolicyEvaluation(spec, benchmarks, verifier, records, sink, stop)
         trainer = ERPOTrainer(
             model=model,
             reward_funcs=functions,
             args=args,
             train_dataset=dataset,
             processing_class=tokenizer,
-            callbacks=[records],
+            callbacks=[records, evaluation],
             peft_config=None if inputs.model.adapter_path else lora_config(spec),
         )
         records.attach(trainer)
+        evaluation.attach(trainer)
         own = {field.name for field in fields(ERPOConfig)} & (set(PASSED_THROUGH) | set(ERPO_ONLY))
         config = {name: getattr(args, name) for name in sorted(own)}
-        sink.emit(Resolved(described(spec, config, info, problems, dataset)))
+        sink.emit(Resolved(described(spec, config, info, problems, dataset, benchmarks)))
         if spec.preflight and inputs.resume_from is None:
             run_preflight(trainer, sink, stop)
+        return train_to_end(trainer, records, inputs, sink, started)
+
+
+def train_to_end(
+    trainer: Any, records: RecordCallback, inputs: JobInputs, sink: Sink, started: float
+) -> dict[str, Any]:
+    """Train, and emit the summary as the result; ``stopped`` is true where it was asked to leave early."""
+    try:
         output = trainer.train(resume_from_checkpoint=str(inputs.resume_from) if inputs.resume_from else None)
-    return report_end(sink, records, trainer.state, output.training_loss, started)
-
-
-def report_end(sink: Sink, records: RecordCallback, state: Any, loss: float, started: float) -> dict[str, Any]:
-    """The summary of a training, emitted as its result; ``stopped`` is true where it was asked to leave early."""
+    except LeftEarlyError:
+        return {"stopped": True}
+    state = trainer.state
     summary = {
         "steps": state.global_step,
         "stopped": records.stopped and state.global_step < state.max_steps,
         "tokens": records.tokens,
         "seconds": time.monotonic() - started,
-        "train_loss": loss,
+        "train_loss": output.training_loss,
         "final": records.summary(),
     }
     sink.emit(Result(summary))
@@ -191,13 +204,19 @@ def lora_config(spec: BaseTrainSpec):
 
 
 def described(
-    spec: BaseTrainSpec, config: dict[str, Any], info: dict[str, Any], problems: list[Problem], dataset
+    spec: BaseTrainSpec,
+    config: dict[str, Any],
+    info: dict[str, Any],
+    problems: list[Problem],
+    dataset,
+    benchmarks: Sequence[TrainingBenchmark],
 ) -> dict[str, Any]:
     """What a training's names turned out to be, for its ``resolved`` record."""
     return {
         "config": config,
         "model": info,
         "dataset": {"ref": spec.dataset, "digest": problems_digest(problems), "num_problems": len(dataset)},
+        "evaluations": {benchmark.label: benchmark.described() for benchmark in benchmarks},
         "seed": spec.seed,
         **environment(),
     }

@@ -65,7 +65,8 @@ class TransformersSampler:
 
     def __init__(self, policy: Any, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
-        self._snapshot = PolicySnapshot(policy) if PolicySnapshot.suits(policy) else None
+        suits = not is_sharded(policy) and PolicySnapshot.suits(policy)
+        self._snapshot = PolicySnapshot(policy) if suits else None
 
     def __call__(self, policy: Any) -> Engine:
         """The engine, at the policy's version."""

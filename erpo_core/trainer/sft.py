@@ -1,6 +1,7 @@
 """Supervised fine-tuning on worked solutions: TRL's SFTTrainer with the records and checkpoints of the others."""
 
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -8,14 +9,19 @@ from typing import Any
 import torch
 from trl import SFTConfig, SFTTrainer
 
+from erpo_core.generation.base import Sample
 from erpo_core.job import JobInputs, Stop
-from erpo_core.models import load_policy, prepare_model
+from erpo_core.models import load_policy, prepare_model, widen_adapters
+from erpo_core.prompts import stop_token_ids
 from erpo_core.records import Progress, Resolved, Sink
+from erpo_core.rewards.verify import Verifier
 from erpo_core.specs.train import SftTrainSpec
 from erpo_core.trainer.callbacks import RecordCallback
 from erpo_core.trainer.data import load_training_problems, make_solution_dataset, report_dropped
+from erpo_core.trainer.evaluating import PolicyEvaluation, load_benchmarks
 from erpo_core.trainer.guards import SkipNonFinite
-from erpo_core.trainer.run import described, first_process_first, lora_config, report_end, wants_bf16
+from erpo_core.trainer.run import described, first_process_first, lora_config, train_to_end, wants_bf16
+from erpo_core.trainer.sampling import TransformersSampler
 from erpo_core.trainer.saving import WholeCheckpoints
 from erpo_core.trainer.sharding import ShardedWeights
 from erpo_core.trainer.state import RunState
@@ -67,7 +73,16 @@ class SolutionTrainer(ShardedWeights, WholeCheckpoints, SFTTrainer):
         self.rollout_log: list[Any] = []
         self.traces: list[Any] = []
         super().__init__(*args, **kwargs)
+        widen_adapters(self._policy)
         self.add_callback(SkipNonFinite(self))
+        self._engine_of: TransformersSampler | None = None
+
+    def sample(self, prompts: list[list[int]], n: int, *, seed: int, **sampling: float) -> list[list[Sample]]:
+        """``n`` answers of the policy as it is to each prompt; nothing of the trainer changes."""
+        self._engine_of = self._engine_of or TransformersSampler(self._policy, self.processing_class)
+        with self.accelerator.autocast() if self.args.bf16 else nullcontext():
+            stop_ids = stop_token_ids(self.processing_class)
+            return self._engine_of(self._policy).generate(prompts, n=n, stop_ids=stop_ids, seed=seed, **sampling)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """TRL's, with the count of skipped steps."""
@@ -113,25 +128,29 @@ def run_sft(spec: SftTrainSpec, inputs: JobInputs, sink: Sink, stop: Stop) -> di
     with first_process_first():
         prepare_model(inputs.model.base, cache_dir=inputs.cache_dir, model_roots=inputs.model_roots)
     rounded = wants_bf16(spec) and spec.lora is not None
-    model, tokenizer, info = load_policy(inputs, dtype=torch.bfloat16 if rounded else torch.float32, trainable=True)
+    dtype = torch.bfloat16 if rounded else torch.float32
+    model, tokenizer, info = load_policy(inputs, dtype=dtype, trainable=True, load_in_4bit=spec.load_in_4bit)
     problems = load_training_problems(spec, inputs, sink)
     dataset, dropped = make_solution_dataset(tokenizer, problems, spec)
     report_dropped(sink, dropped, len(dataset) + dropped, "are too long with their solution")
     args = make_sft_config(spec, inputs.work_dir / "checkpoints", bf16=wants_bf16(spec))
     records = SolutionRecords(sink, stop, {})
-    trainer = SolutionTrainer(
-        model=model,
-        args=args,
-        train_dataset=dataset,
-        processing_class=tokenizer,
-        callbacks=[records],
-        peft_config=None if inputs.model.adapter_path else lora_config(spec),
-    )
-    records.attach(trainer)
-    config = {name: getattr(args, name) for name in PASSED_THROUGH}
-    sink.emit(Resolved(described(spec, config, info, problems, dataset)))
-    output = trainer.train(resume_from_checkpoint=str(inputs.resume_from) if inputs.resume_from else None)
-    return report_end(sink, records, trainer.state, output.training_loss, started)
+    with Verifier() as verifier:
+        benchmarks = load_benchmarks(spec, inputs, tokenizer, verifier)
+        evaluation = PolicyEvaluation(spec, benchmarks, verifier, records, sink, stop)
+        trainer = SolutionTrainer(
+            model=model,
+            args=args,
+            train_dataset=dataset,
+            processing_class=tokenizer,
+            callbacks=[records, evaluation],
+            peft_config=None if inputs.model.adapter_path else lora_config(spec),
+        )
+        records.attach(trainer)
+        evaluation.attach(trainer)
+        config = {name: getattr(args, name) for name in PASSED_THROUGH}
+        sink.emit(Resolved(described(spec, config, info, problems, dataset, benchmarks)))
+        return train_to_end(trainer, records, inputs, sink, started)
 
 
 def make_sft_config(spec: SftTrainSpec, output_dir: Path, *, bf16: bool) -> SolutionConfig:

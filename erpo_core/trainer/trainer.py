@@ -14,6 +14,7 @@ from torch import Tensor
 from trl import GRPOTrainer
 
 from erpo_core.loss import LossTerms, erpo_loss, importance_ratios
+from erpo_core.models import widen_adapters
 from erpo_core.packing import packed_attention, supports_packing
 from erpo_core.trainer import measures, ranks
 from erpo_core.trainer.batches import MicroBatch, Scored, TraceGroup
@@ -67,6 +68,7 @@ class ERPOTrainer(ShardedWeights, WholeCheckpoints, SampledAnswers, TokenCredit,
             super().__init__(model=model, reward_funcs=reward_funcs, args=args, **kwargs)
         finally:
             args.loss_type, args.beta, args.use_vllm = kept["loss_type"], kept["beta"], kept["use_vllm"]
+        widen_adapters(self._policy)
         self.beta = args.beta
         self._check_layout()
         self._reference = Reference(self._policy)

@@ -23,7 +23,7 @@ MODEL = "smollm2-135m"
 TASK = "reasoning-gym:chain_sum?min_terms=2&max_terms=2&min_digits=1&max_digits=2"
 TRAINING_SET = f"{TASK}&size=2000&seed=1"
 HELD_OUT_SET = f"{TASK}&size=64&seed=20260101"
-STEPS = 12
+STEPS = 10
 MAX_COMPLETION_LENGTH = 32
 
 

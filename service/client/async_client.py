@@ -196,6 +196,7 @@ class AsyncJobHandle:
         self.data = job
         self.id: str = job["id"]
         self.run_id: str = job["run_id"]
+        self.run_ids: list[str] = job["run_ids"]
 
     @property
     def status(self) -> str:

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from typing import Any
-from urllib.parse import urlencode
 
 from service.client.protocol import Call, call
 
@@ -10,11 +9,6 @@ from service.client.protocol import Call, call
 def submit(path: str, body: dict[str, Any], *, dry_run: bool = False, wait: float | None = None) -> Call:
     """A job order."""
     return call("POST", path, json=body, dry_run=dry_run or None, wait=wait)
-
-
-def _path(path: str, run_ids: Sequence[str]) -> str:
-    """A parameter that comes several times."""
-    return f"{path}?{urlencode([('evaluation', run_id) for run_id in run_ids])}"
 
 
 class JobCalls:
@@ -105,8 +99,12 @@ class EvaluationCalls:
     """Under ``/evaluations``."""
 
     def get(self, run_id: str, **query: Any) -> Call:
-        """One evaluation; ``result`` holds its numbers. ``pass_at``, ``truncated_boxed``, ``verify``: anew."""
+        """One evaluation; ``result`` holds its numbers. ``pass_at``, ``truncated_boxed``: computed anew."""
         return call("GET", f"/evaluations/{run_id}", **query)
+
+    def verify(self, run_id: str) -> Call:
+        """Judge its stored answers again; the answer is a job whose run is an evaluation of its own."""
+        return call("POST", f"/evaluations/{run_id}/verify")
 
     def items(self, run_id: str, **query: Any) -> Call:
         """A page of its answers; query: verdict, prompt_id, cursor, limit."""
@@ -118,11 +116,13 @@ class EvaluationCalls:
 
     def compare(self, run_ids: Sequence[str]) -> Call:
         """Paired differences to the first on each benchmark, with intervals and tests."""
-        return call("GET", _path("/evaluations/compare", run_ids))
+        return call("GET", "/evaluations/compare", repeated={"evaluation": run_ids})
 
     def report(self, run_ids: Sequence[str], *, format: str = "json", **query: Any) -> Call:
         """A table for a paper; ``format``: json, markdown, csv, latex; query: table, paper."""
-        return call("GET", _path("/evaluations/report", run_ids), accept="*/*", format=format, **query)
+        return call(
+            "GET", "/evaluations/report", accept="*/*", format=format, repeated={"evaluation": run_ids}, **query
+        )
 
 
 class EntropyCalls:

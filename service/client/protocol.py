@@ -2,7 +2,7 @@
 
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from uuid import uuid4
@@ -39,12 +39,23 @@ class Call:
         return arguments
 
 
-def call(method: str, path: str, *, json: Any = None, files: Any = None, accept: str | None = None, **params) -> Call:
-    """Build a request; a POST gets its idempotency key here."""
+def call(
+    method: str,
+    path: str,
+    *,
+    json: Any = None,
+    files: Any = None,
+    accept: str | None = None,
+    repeated: Mapping[str, Sequence[str]] | None = None,
+    **params: Any,
+) -> Call:
+    """Build a request; a POST gets its idempotency key here. ``repeated`` are parameters that come once a value."""
     headers = {"Accept": accept or "application/json"}
     if method == "POST":
         headers["Idempotency-Key"] = uuid4().hex
-    return Call(method, path, {name: _parameter(value) for name, value in params.items()}, json, files, headers)
+    query = {name: _parameter(value) for name, value in params.items()}
+    query |= {name: list(values) for name, values in (repeated or {}).items()}
+    return Call(method, path, query, json, files, headers)
 
 
 def _parameter(value: Any) -> Any:

@@ -212,6 +212,11 @@ class JobHandle:
         return self.data["run_id"]
 
     @property
+    def run_ids(self) -> list[str]:
+        """All of them: an evaluation of several checkpoints has one for each."""
+        return self.data["run_ids"]
+
+    @property
     def status(self) -> str:
         """Its status when last seen."""
         return self.data["status"]

@@ -26,7 +26,7 @@ _UNDER_WAY = {"pausing": "paused", "cancelling": "cancelled"}
 
 @dataclass(frozen=True)
 class Claim:
-    """A job that an attempt owns."""
+    """A job that an attempt owns. ``run_id`` and ``spec`` are those of its first run, where it has several."""
 
     job_id: str
     run_id: str
@@ -83,7 +83,8 @@ def _parents(s: Session, depends_on: list[str]) -> str:
     """``succeeded``: all of them; ``failed``: one has ended otherwise or is unknown; else ``waiting``."""
     if not depends_on:
         return "succeeded"
-    known = dict(s.execute(select(Job.run_id, Job.status).where(Job.run_id.in_(depends_on))).all())
+    query = select(Run.id, Job.status).join(Job, Job.id == Run.job_id).where(Run.id.in_(depends_on))
+    known = dict(s.execute(query).all())
     statuses = {known.get(run_id, "failed") for run_id in depends_on}
     if statuses & {"failed", "cancelled"}:
         return "failed"

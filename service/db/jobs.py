@@ -1,6 +1,7 @@
 """Jobs as their users see and steer them. What workers do to a job is in :mod:`service.db.claims`."""
 
 import json
+from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
 
@@ -17,16 +18,26 @@ from service.db.types import now, storable
 
 
 def create_job(
-    s: Session, *, kind: str, spec: dict[str, Any], options: dict[str, Any], owner: str | None = None
+    s: Session,
+    *,
+    kind: str,
+    spec: dict[str, Any],
+    options: dict[str, Any],
+    owner: str | None = None,
+    more: Sequence[dict[str, Any]] = (),
 ) -> Job:
-    """A queued job and its run. ``spec`` is the specification without ``job``, ``options`` is that part."""
+    """A queued job and its run. ``spec`` is the specification without ``job``, ``options`` is that part.
+
+    ``more``: specifications of further runs of the same job, which differ from ``spec`` in the model alone.
+    """
     model = spec.get("model")
     created_at = now()
-    run = Run(id=new_id("run"), kind=kind, spec=spec, target=model["run"] if isinstance(model, dict) else None)
-    run.created_at = created_at
+    job_id = new_id("job")
+    runs = [_new_run(job_id, kind, one, created_at) for one in (spec, *more)]
     job = Job(
-        id=new_id("job"),
-        run_id=run.id,
+        id=job_id,
+        run_id=runs[0].id,
+        more_run_ids=[run.id for run in runs[1:]],
         kind=kind,
         owner=owner,
         name=options.get("name"),
@@ -45,15 +56,20 @@ def create_job(
         created_at=created_at,
         queued_at=created_at,
     )
-    run.job_id = job.id
     if job.depends_on:
         job.status_reason = "waiting_for_dependency"
-    s.add(run)
+    s.add_all(runs)
     s.flush()
     s.add(job)
     s.flush()
     append_event(s, job, "job.status", "queued", data={"from": None, "to": "queued", "reason": job.status_reason})
     return job
+
+
+def _new_run(job_id: str, kind: str, spec: dict[str, Any], created_at: datetime) -> Run:
+    model = spec.get("model")
+    target = model["run"] if isinstance(model, dict) else None
+    return Run(id=new_id("run"), job_id=job_id, kind=kind, spec=spec, target=target, created_at=created_at)
 
 
 def get_job(s: Session, job_id: str) -> Job:
@@ -200,11 +216,12 @@ def update_job(s: Session, job_id: str, **changes: Any) -> Job:
 
 
 def delete_job(s: Session, job_id: str) -> None:
-    """Hide a finished job and its run. Raises ConflictError while it may still run."""
+    """Hide a finished job and its runs. Raises ConflictError while it may still run."""
     job = lock_job(s, job_id)
     if not job.is_terminal:
         raise ConflictError(
             f"only a finished job can be deleted; this one is {job.status}: cancel it", state=job.status
         )
     job.deleted_at = now()
-    s.get_one(Run, job.run_id).deleted_at = now()
+    for run_id in job.run_ids:
+        s.get_one(Run, run_id).deleted_at = now()

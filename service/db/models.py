@@ -50,6 +50,8 @@ class Job(Base):
 
     id: Mapped[str] = mapped_column(Id, primary_key=True)
     run_id: Mapped[str] = mapped_column(ForeignKey("runs.id"), index=True)
+    more_run_ids: Mapped[list[Any]] = mapped_column(default=list, server_default="[]")
+    """Of an evaluation of several checkpoints; ``run_id`` is the first."""
     kind: Mapped[str] = mapped_column(ShortText(20))
     owner: Mapped[str | None] = mapped_column(ShortText(64), index=True)
     name: Mapped[str | None] = mapped_column(ShortText(200))
@@ -79,6 +81,11 @@ class Job(Base):
     started_at: Mapped[datetime | None]
     finished_at: Mapped[datetime | None]
     deleted_at: Mapped[datetime | None]
+
+    @property
+    def run_ids(self) -> list[str]:
+        """Every run, in order."""
+        return [self.run_id, *self.more_run_ids]
 
     @property
     def is_terminal(self) -> bool:

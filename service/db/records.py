@@ -62,6 +62,7 @@ def apply_records(s: Session, *, job_id: str, run_id: str, attempt: int, records
 
     Raises:
         FencedError: the attempt does not own the job (any more); nothing of the batch is stored.
+        ValueError: a record of a run that is none of the job's.
     """
     job = own_job(s, job_id, attempt)
     if job.status == "starting":
@@ -74,8 +75,18 @@ def apply_records(s: Session, *, job_id: str, run_id: str, attempt: int, records
         else:
             # Metrics are held together, but never past a record that speaks of their steps.
             _store_metrics(s, job, metrics)
-            _WRITERS[type(record)](s, job, run, record)
+            _WRITERS[type(record)](s, job, _run_of(s, job, record) or run, record)
     _store_metrics(s, job, metrics)
+
+
+def _run_of(s: Session, job: Job, record: wire.Record) -> Run | None:
+    """The run that a record names, if it names one."""
+    named = getattr(record, "run_id", None)
+    if named is None:
+        return None
+    if named not in job.run_ids:
+        raise ValueError(f"{named} is no run of {job.id}")
+    return s.get_one(Run, named)
 
 
 def append_log(s: Session, job_id: str, attempt: int, data: bytes, cap: int) -> None:

@@ -13,6 +13,7 @@ from service.db.types import clamp
 
 __all__ = [
     "answers_to_analyse",
+    "find_checkpoint",
     "get_run",
     "list_checkpoints",
     "list_completions",
@@ -21,6 +22,19 @@ __all__ = [
     "size_of_answers",
     "stored_answers",
 ]
+
+_ANSWER = (
+    "prompt_id",
+    "sample",
+    "completion",
+    "gold",
+    "verdict",
+    "boxed",
+    "truncated",
+    "num_tokens",
+    "level",
+    "subject",
+)
 
 
 def list_runs(
@@ -84,20 +98,9 @@ def list_items(
     return list_completions(s, run_id, verdict=verdict, prompt_id=prompt_id, cursor=cursor, limit=limit)
 
 
-def stored_answers(s: Session, run_id: str) -> list[dict[str, Any]]:
-    """Every stored answer of an evaluation, without its prompt."""
-    names = (
-        "prompt_id",
-        "sample",
-        "completion",
-        "gold",
-        "verdict",
-        "boxed",
-        "truncated",
-        "num_tokens",
-        "level",
-        "subject",
-    )
+def stored_answers(s: Session, run_id: str, *, with_prompt: bool = False) -> list[dict[str, Any]]:
+    """Every stored answer of an evaluation, with its problem's text and place only if asked for."""
+    names = _ANSWER + (("prompt", "group") if with_prompt else ())
     query = select(*(getattr(Completion, name) for name in names)).where(Completion.run_id == run_id)
     return [dict(zip(names, row, strict=True)) for row in s.execute(query)]
 
@@ -112,6 +115,21 @@ def size_of_answers(s: Session, run_id: str, *, step: int | None, limit: int) ->
     """How many answers :func:`answers_to_analyse` finds, and their tokens."""
     rows = list_completions(s, run_id, step=step, limit=limit).rows
     return len(rows), sum(row.num_tokens for row in rows)
+
+
+def find_checkpoint(s: Session, run_id: str, wanted: str | int) -> Checkpoint | None:
+    """The checkpoint ``last``, ``best`` (highest reward, the later of equals) or that of a step, if there is one."""
+    found = list_checkpoints(s, run_id)
+    if isinstance(wanted, int):
+        found = [row for row in found if row.step == wanted]
+    elif wanted == "best":
+        found.sort(key=_reward)
+    return found[-1] if found else None
+
+
+def _reward(checkpoint: Checkpoint) -> float:
+    reward = (checkpoint.data or {}).get("reward")
+    return float("-inf") if reward is None else reward
 
 
 def list_checkpoints(s: Session, run_id: str) -> list[Checkpoint]:

@@ -2,9 +2,10 @@
 
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Query
+from fastapi import APIRouter, Query, Response
 from fastapi.responses import JSONResponse
 
+from erpo_core.specs.evaluate import EvaluateSpec
 from service.auth import Reader
 from service.db import problems as problem_rows
 from service.db import runs as run_rows
@@ -14,8 +15,10 @@ from service.pagination import DEFAULT_LIMIT, Cursor, Limit, page_json
 from service.runview import run_detail, run_summary_json
 from service.schemas.common import Page, problems
 from service.schemas.evaluations import ProblemRow
+from service.schemas.jobs import Job
 from service.schemas.runs import Completion, Run, RunDetail
 from service.shape import completion_json, finite, problem_json
+from service.submission import Desk
 from service.visibility import RunId, visible_run
 
 router = APIRouter(tags=["evaluations"])
@@ -33,20 +36,36 @@ def get_evaluation(
     principal: Reader,
     pass_at: Annotated[str | None, Query(max_length=200, description="Other k, separated by commas.")] = None,
     truncated_boxed: TruncatedBoxed = None,
-    verify: Annotated[bool, Query(description="Judge the stored answers again, with the verifier of today.")] = False,
 ) -> Any:
     """One evaluation: `result` holds acc, fmt and pass@k with their intervals.
 
-    With `pass_at`, `truncated_boxed` or `verify` it is computed anew from the stored answers, those of a running
-    evaluation too; nothing is generated, and what is stored stays. `verify` takes seconds for thousands of answers.
+    With `pass_at` or `truncated_boxed` it is computed anew from the stored answers, those of a running evaluation too;
+    nothing is generated, and what is stored stays.
     """
     with database.read() as session:
         run = visible_run(session, run_id, principal, "evaluate")
         detail = run_detail(session, run)
-        if pass_at is not None or truncated_boxed is not None or verify:
-            found = recomputed(session, run, pass_at=pass_at, truncated_boxed=truncated_boxed, verify=verify)
+        if pass_at is not None or truncated_boxed is not None:
+            found = recomputed(session, run, pass_at=pass_at, truncated_boxed=truncated_boxed)
             detail["result"] = finite(found)
         return JSONResponse(detail, headers={"Vary": "Accept"})
+
+
+@router.post(
+    "/evaluations/{run_id}/verify",
+    status_code=202,
+    response_model=Job,
+    responses=problems(401, 403, 404, 409, 422, 429),
+)
+def verify_again(run_id: RunId, database: Db, desk: Desk) -> Response:
+    """Judge the stored answers again with the verifier that the workers have.
+
+    That is an evaluation of its own, with an identity of its own; nothing is sampled, and the stored verdicts stay.
+    """
+    with database.read() as session:
+        run = visible_run(session, run_id, desk.principal, "evaluate")
+    spec = EvaluateSpec.model_validate(run.spec).model_copy(update={"answers_of": run.id})
+    return desk.submit("evaluate", spec).response()
 
 
 @router.get("/evaluations/{run_id}/problems", response_model=Page[ProblemRow], responses=problems(400, 401, 404))

@@ -31,6 +31,7 @@ class Job(BaseModel):
 
     id: str
     run_id: str = Field(description="What metrics, traces and results are read by.")
+    run_ids: list[str] = Field(description="All of them: an evaluation of several checkpoints has one for each.")
     kind: JobKindName
     name: str | None
     tags: list[str]

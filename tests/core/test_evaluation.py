@@ -1,15 +1,18 @@
 """An evaluation of a tiny model: its records, its numbers, and the same numbers after an interruption."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("math_verify")
 
+from erpo_core import evaluation_again  # noqa: E402
 from erpo_core.errors import RunError  # noqa: E402
 from erpo_core.evaluation import run_evaluation  # noqa: E402
 from erpo_core.evaluation_summary import summarise  # noqa: E402
+from erpo_core.generation import policy  # noqa: E402
 from erpo_core.job import JobInputs, ModelInput  # noqa: E402
 from erpo_core.records import Completions, Progress, Resolved, Result, from_wire, to_wire  # noqa: E402
 from erpo_core.specs.evaluate import EvaluateSpec  # noqa: E402
@@ -113,24 +116,120 @@ def test_more_samples_than_a_batch_holds_are_split(home):
     assert len({row["completion"] for row in memory.rows}) > 2
 
 
-def test_an_adapter_is_evaluated(home, tmp_path):
+@pytest.fixture(scope="module")
+def adapters(home, tmp_path_factory):
+    """Two adapters of random weights."""
     peft = pytest.importorskip("peft")
     from erpo_core.models import load_model
 
-    model, _ = load_model(home / "models" / "tiny", dtype=torch.float32)
-    model = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
-    model.save_pretrained(tmp_path / "adapter")
+    folders = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        model, _ = load_model(home / "models" / "tiny", dtype=torch.float32)
+        model = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
+        folders.append(tmp_path_factory.mktemp("adapter"))
+        model.save_pretrained(folders[-1])
+    return folders
+
+
+def run_of(home, name: str, folder, stored_rows=()) -> JobInputs:
+    """What a run of a job is given for an adapter."""
+    model = ModelInput(str(home / "models" / "tiny"), folder)
+    return replace(inputs(home), run_id=name, model=model, stored_rows=tuple(stored_rows))
+
+
+def by_run(memory: Memory) -> dict[str, dict]:
+    """Resolved, rows and result of each run."""
+    found = {record.run_id: {"resolved": record.data, "rows": []} for record in memory.of(Resolved)}
+    for record in memory.of(Completions):
+        found[record.run_id]["rows"] += record.rows
+    for record in memory.of(Result):
+        found[record.run_id]["result"] = record.data
+    return found
+
+
+def test_an_adapter_is_evaluated(home, adapters):
     base, memory = Memory(), Memory()
     run_evaluation(spec(home), inputs(home), base, base)
-    adapted = JobInputs.from_json(
-        {
-            **inputs(home).to_json(),
-            "model": {"base": str(home / "models" / "tiny"), "adapter_path": str(tmp_path / "adapter")},
-        }
-    )
-    run_evaluation(spec(home), adapted, memory, memory)
+    run_evaluation(spec(home), run_of(home, "run_1", adapters[0]), memory, memory)
     assert memory.of(Resolved)[0].data["adapter_digest"]
     assert [row["completion"] for row in memory.rows] != [row["completion"] for row in base.rows]
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_several_adapters_on_one_base_answer_as_each_alone(home, adapters, bf16, monkeypatch):
+    alone = {}
+    for name, folder in (("run_a", adapters[0]), ("run_b", adapters[1]), ("run_base", None)):
+        memory = Memory()
+        run_evaluation(spec(home, bf16=bf16), run_of(home, name, folder), memory, memory)
+        alone |= by_run(memory)
+    loaded = []
+    load = policy.load_model
+    monkeypatch.setattr(policy, "load_model", lambda *args, **more: loaded.append(1) or load(*args, **more))
+    first, *others = [
+        run_of(home, *pair) for pair in (("run_a", adapters[0]), ("run_b", adapters[1]), ("run_base", None))
+    ]
+    memory = Memory()
+    run_evaluation(spec(home, bf16=bf16), replace(first, also=tuple(others)), memory, memory)
+    assert by_run(memory) == alone
+    assert len(loaded) == 1
+    assert len({one["resolved"]["identity"]["digest"] for one in alone.values()}) == 3
+    assert len({str(one["rows"]) for one in alone.values()}) == 3
+    assert [(record.done, record.total) for record in memory.of(Progress)[1:]][-1] == (45, 45)
+    assert {record.data["run_id"] for record in memory.of(Progress)[1:]} == set(alone)
+
+
+def test_a_job_of_several_runs_goes_on_where_it_was_stopped(home, adapters):
+    runs = [run_of(home, "run_a", adapters[0]), run_of(home, "run_b", adapters[1])]
+    whole, first, second = Memory(), Memory(stop_after=4), Memory()
+    body = spec(home, batch_size=6)  # three batches a run
+    run_evaluation(body, replace(runs[0], also=(runs[1],)), whole, whole)
+    assert run_evaluation(body, replace(runs[0], also=(runs[1],)), first, first) == {"stopped": True}
+    found = by_run(first)
+    assert [len(found[name]["rows"]) for name in ("run_a", "run_b")] == [15, 6]
+    assert ["result" in found[name] for name in ("run_a", "run_b")] == [True, False]
+    again = [replace(run, stored_rows=tuple(found[run.run_id]["rows"])) for run in runs]
+    run_evaluation(body, replace(again[0], also=(again[1],)), second, second)
+    rest = by_run(second)
+    assert [len(rest[name]["rows"]) for name in ("run_a", "run_b")] == [0, 9]
+    for name, one in by_run(whole).items():
+        assert in_order(found[name]["rows"] + rest[name]["rows"]) == in_order(one["rows"])
+        assert rest[name]["result"] == one["result"]
+
+
+def test_a_job_whose_answers_are_all_stored_loads_no_model(home, adapters, monkeypatch):
+    whole, again = Memory(), Memory()
+    expected = run_evaluation(spec(home), run_of(home, "run_a", adapters[0]), whole, whole)
+    monkeypatch.delattr(policy, "load_model")
+    assert run_evaluation(spec(home), run_of(home, "run_a", adapters[0], whole.rows), again, again) == expected
+    assert again.rows == []
+
+
+def test_models_of_different_weights_are_loaded_one_after_the_other(home, tmp_path):
+    make_tiny_model(tmp_path / "other", seed=1)
+    memory = Memory()
+    other = replace(inputs(home), run_id="run_2", model=ModelInput(str(tmp_path / "other")), model_roots=(tmp_path,))
+    run_evaluation(spec(home), replace(inputs(home), also=(other,)), memory, memory)
+    found = by_run(memory)
+    assert found["run_1"]["resolved"]["model_digest"] != found["run_2"]["resolved"]["model_digest"]
+    assert [len(one["rows"]) for one in found.values()] == [15, 15]
+
+
+def test_stored_answers_are_judged_again_and_nothing_else_changes(home, monkeypatch):
+    first, part, second = Memory(), Memory(), Memory()
+    expected = run_evaluation(spec(home), inputs(home), first, first)
+    stale = [row | {"verdict": "crashed", "reward": 0.0} for row in first.rows]
+    body = spec(home, answers_of="run_" + "0" * 32)
+    source = {"resolved": first.of(Resolved)[0].data, "answers": stale}
+    monkeypatch.delattr(policy, "load_model")
+    monkeypatch.setattr(evaluation_again, "_TOGETHER", 4)
+    part.stop_after = 2
+    assert run_evaluation(body, inputs(home, source=source), part, part) == {"stopped": True}
+    again = inputs(home, source=source, stored_rows=tuple(part.rows))
+    assert run_evaluation(body, again, second, second) == expected
+    assert in_order(part.rows + second.rows) == in_order(first.rows)
+    assert [len(record.rows) for record in second.of(Completions)] == [4, 3]
+    assert second.of(Resolved)[0].data["identity"] == first.of(Resolved)[0].data["identity"]
 
 
 def test_a_prompt_without_room_for_an_answer_fails_with_its_name(home):

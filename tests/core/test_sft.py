@@ -19,7 +19,8 @@ from erpo_core.trainer.data import boxed_solution, make_solution_dataset
 from erpo_core.trainer.sft import PASSED_THROUGH, make_sft_config, run_sft
 from tiny_model import make_tiny_model, make_tiny_tokenizer
 
-DERIVED = {"algorithm", "bf16", "dataset", "hardware", "job", "lora", "model", "prompt", "train_batch_size"}
+DERIVED = {"algorithm", "bf16", "dataset", "hardware", "job", "load_in_4bit", "lora", "model", "prompt"}
+DERIVED |= {"train_batch_size", "eval_every", "eval_benchmarks", "eval_num_samples", "eval_limit", "eval_sampling"}
 
 
 @pytest.fixture(scope="module")

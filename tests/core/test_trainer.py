@@ -25,12 +25,18 @@ DERIVED = {
     "prompt",
     "rewards",
     "lora",
+    "load_in_4bit",
     "hardware",
     "job",
     "bf16",
     "max_length",
     "max_prompt_length",
     "preflight",
+    "eval_every",
+    "eval_benchmarks",
+    "eval_num_samples",
+    "eval_limit",
+    "eval_sampling",
 }
 
 

@@ -20,8 +20,9 @@ class Stack:
         self.data_dir = data_dir
         self.output = data_dir.with_suffix(".output")
         fast = {"ERPO_SWEEP_SECONDS": "2", "ERPO_LEASE_SECONDS": "10", "ERPO_HEARTBEAT_SECONDS": "1"}
-        self.environment = os.environ | fast | {"OMP_NUM_THREADS": "1"} | environment
-        self.environment["ERPO_DATA_DIR"] = str(data_dir)
+        # Two stacks that start at the same time would both find the usual port free.
+        own = {"ERPO_DATA_DIR": str(data_dir), "ERPO_PORT": "0", "OMP_NUM_THREADS": "1"}
+        self.environment = os.environ | fast | own | environment
         self.process: subprocess.Popen | None = None
         self.url = ""
 
@@ -71,8 +72,8 @@ class Stack:
             time.sleep(0.05)
         return [" ".join(process.cmdline()) for process in self.processes()]
 
-    def stop(self, number: int, seconds: float = 10) -> list[str]:
-        """Send a signal to the parent; what is left after some time."""
+    def stop(self, number: int, seconds: float = 30) -> list[str]:
+        """Send a signal to the parent; what is left after some time: three times what a stop takes at most."""
         self.process.send_signal(number)
         left = self.wait_until_gone(seconds)
         self.process.wait(5)
@@ -93,16 +94,32 @@ def model_root(tmp_path_factory) -> Path:
     return root
 
 
+@pytest.fixture(scope="session")
+def new_stack(tmp_path_factory, model_root, model_cache):
+    """Makes stacks; whatever is left of them at the end of the session is killed."""
+    made = []
+
+    def new() -> Stack:
+        folder = tmp_path_factory.mktemp("stack") / "a data dir"
+        roots = json.dumps([str(model_root)])
+        made.append(Stack(folder, ERPO_MODEL_ROOTS=roots, ERPO_CACHE_DIR=str(model_cache)))
+        return made[-1]
+
+    yield new
+    for stack in made:
+        stack.end()
+
+
 @pytest.fixture
-def stack(tmp_path, model_root):
-    stack = Stack(tmp_path / "a data dir", ERPO_MODEL_ROOTS=json.dumps([str(model_root)]))
+def stack(new_stack):
+    stack = new_stack()
     yield stack
     stack.end()
 
 
 @pytest.fixture(scope="module")
-def shared_stack(tmp_path_factory):
-    """A stack that serves all tests of a module."""
-    stack = Stack(tmp_path_factory.mktemp("shared") / "data")
+def shared_stack(new_stack):
+    """A running stack that serves all tests of a module."""
+    stack = new_stack()
     yield stack.start(300)
     stack.end()

@@ -3,7 +3,7 @@
 import signal
 
 import pytest
-from test_stack import SPEC, wait_for
+from test_stack import EVALUATED, SPEC, wait_for
 
 from service.client import ErpoClient
 
@@ -16,7 +16,7 @@ def ranks(stack) -> list[str]:
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_two_processes_train_one_model_and_leave_together(stack, model_root, strategy):
-    two = SPEC | {"hardware": {"num_gpus": 2, "strategy": strategy}, "trace_every": 0}
+    two = SPEC | {"hardware": {"num_gpus": 2, "strategy": strategy}, "trace_every": 0} | EVALUATED
     stack.start()
     with ErpoClient(stack.url) as client:
         job = client.train(model=str(model_root / "tiny"), **two | {"max_steps": 40})
@@ -25,7 +25,9 @@ def test_two_processes_train_one_model_and_leave_together(stack, model_root, str
         client.jobs.pause(job.id)
         wait_for(lambda: client.jobs.get(job.id)["status"] == "paused", 60, stack)
         assert ranks(stack) == []
-        done = client.runs.metrics(job.run_id)["series"]["reward"]["step"]
+        series = client.runs.metrics(job.run_id)["series"]
+        done = series["reward"]["step"]
+        assert series["eval/chain_sum/acc"]["step"][0] == 0
         assert done == list(range(1, len(done) + 1))
         assert max(row["step"] for row in client.runs.checkpoints(job.run_id)["data"]) == done[-1] < 40
         client.jobs.resume(job.id)

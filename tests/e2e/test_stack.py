@@ -22,6 +22,7 @@ SPEC = {
     "learning_rate": 1e-3,
     "lora": {"r": 4, "lora_alpha": 8},
 }
+EVALUATED = {"eval_every": 2, "eval_benchmarks": [SPEC["dataset"]], "eval_num_samples": 2}
 
 
 def wait_for(condition, seconds: float, stack) -> None:
@@ -35,7 +36,7 @@ def test_a_tiny_model_is_trained_evaluated_and_analysed_through_the_api(stack, m
     stack.start()
     with ErpoClient(stack.url) as client:
         seen = []
-        job = client.train(model=str(model_root / "tiny"), **SPEC)
+        job = client.train(model=str(model_root / "tiny"), **SPEC | EVALUATED)
         job.wait(on_event=seen.append, timeout=180)
         assert job.status == "succeeded", stack.said()
         assert {"job.status", "metric.batch", "checkpoint.created"} <= {event["type"] for event in seen}
@@ -78,6 +79,7 @@ def test_a_job_that_can_learn_nothing_fails_before_its_first_step_and_says_why(s
 def assert_run_is_readable(client: ErpoClient, run_id: str) -> None:
     series = client.runs.metrics(run_id)["series"]
     assert series["reward"]["step"] == [1, 2]
+    assert series["eval/chain_sum/acc"]["step"] == [0, 2]
     assert "entropy" in series
     completions = client.runs.completions(run_id)["data"]
     assert len(completions) == 16

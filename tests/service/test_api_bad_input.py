@@ -13,6 +13,8 @@ from service.db.models import Dataset, IdempotencyKey, Job, JobEvent, Run
 from service.settings import Settings
 
 TRAIN = {"model": "smollm2-135m", "dataset": "data:sums.jsonl"}
+EVAL = {"eval_every": 5, "eval_benchmarks": ["data:sums.jsonl"]}
+SFT = {"algorithm": "sft", "dataset": "data:solved.jsonl"}
 ENTROPY = {"model": "smollm2-135m", "texts": [{"prompt": "1 + 1?", "response": "2"}]}
 NO_RUN = "run_" + "0" * 32
 JSON = {"Content-Type": "application/json"}
@@ -36,6 +38,7 @@ def stack(serving, sqlite_template, tmp_path_factory):
     with serving(settings) as client:
         (settings.data_root / "empty.jsonl").write_text("\n\n")
         (settings.data_root / "broken.jsonl").write_text('{"problem": "1 + 1?", "answer": "2"}\n{"problem": \n')
+        (settings.data_root / "solved.jsonl").write_text('{"problem": "1 + 1?", "answer": "2", "solution": "2"}\n')
         (settings.data_root / "no-answer.jsonl").write_text('{"problem": "1 + 1?"}\n')
         (home / "outside.jsonl").write_text('{"problem": "1 + 1?", "answer": "2"}\n')
         (settings.data_root / "link.jsonl").symlink_to(home / "outside.jsonl")
@@ -126,6 +129,18 @@ TRAININGS = [
     ({"outcome_reward": "regex"}, "/outcome_reward", "add it"),
     ({"max_length": 100, "max_completion_length": 100}, "/max_completion_length", "below max_length"),
     ({"use_vllm": True, "lora": None}, "/use_vllm", "keep `lora`"),
+    ({"eval_every": 5}, "/eval_benchmarks", "eval_every 0"),
+    ({"eval_benchmarks": ["data:sums.jsonl"]}, "/eval_every", "the steps between"),
+    ({"eval_every": -1}, "/eval_every", "at least 0"),
+    (EVAL | {"eval_benchmarks": ["data:sums.jsonl", "amc24"]}, "/eval_benchmarks/1", "aime24, aime25, amc23"),
+    (EVAL | {"eval_benchmarks": ["amc23"]}, "/eval_benchmarks/0", "erpo data fetch amc23"),
+    (EVAL | {"eval_benchmarks": ["data:broken.jsonl"]}, "/eval_benchmarks/0", '"problem"'),
+    (EVAL | {"eval_benchmarks": ["ds_" + "0" * 32]}, "/eval_benchmarks/0", "GET /datasets"),
+    (EVAL | {"eval_benchmarks": ["data:sums.jsonl"] * 2}, "/eval_benchmarks", "name each once"),
+    (EVAL | SFT | {"eval_benchmarks": ["x"]}, "/eval_benchmarks/0", "amc23"),
+    (EVAL | {"eval_num_samples": 0}, "/eval_num_samples", "at least 1"),
+    (EVAL | {"eval_sampling": {"max_completion_length": 2048}}, "/eval_sampling/max_completion_length", "max_length"),
+    (EVAL | {"eval_sampling": {"temprature": 0}}, "/eval_sampling/temprature", "`temperature`"),
     ({"use_vllm": True, "vllm_mode": "server"}, "/vllm_server_base_url", "all three"),
     ({"vllm_server_base_url": "http://10.0.0.1:8000"}, "/vllm_server_base_url", "all three"),
     (SERVER | {"vllm_server_base_url": "http://169.254.169.254"}, "/vllm_server_base_url", "http://gpu-7:8000"),

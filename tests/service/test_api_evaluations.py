@@ -4,17 +4,14 @@ import json
 
 import pytest
 from db_rows import call, claim, finish, store, submit
-from sqlalchemy import select
 from test_api_records import undocumented
 
 from erpo_core.evaluation_identity import evaluation_identity
 from erpo_core.evaluation_summary import summarise
 from erpo_core.paired import mcnemar_exact, sign_flip_exact
 from erpo_core.records import Completions, Progress, Resolved, Result
-from erpo_core.rewards.verify import verifier_version
 from erpo_core.specs.evaluate import EvaluateSpec
 from service.db import keys
-from service.db.measured import Completion
 from service.schemas.evaluations import Comparison, Report
 
 HTML = "<img src=x onerror=alert(1)>"
@@ -74,16 +71,41 @@ def test_numbers_are_recomputed_from_stored_answers(api, database):
     assert api.get(f"/evaluations/{run}").json()["result"] == stored
 
 
-def test_stored_answers_are_judged_again(api, database):
-    pytest.importorskip("math_verify")
+def test_stored_answers_are_judged_again_by_a_job(api, database):
     run = evaluated(database, [4, 1, 0])
-    with database.write() as session:
-        for row in session.scalars(select(Completion).where(Completion.verdict == "wrong")):
-            row.completion = "\\boxed{\\frac{4}{2}}"
-    again = api.get(f"/evaluations/{run}", params={"verify": True}).json()["result"]
-    assert again["verdicts"] == {"right": 10 / 12, "unparsable": 2 / 12}
-    assert again["verifier"] == verifier_version()
+    job = api.post(f"/evaluations/{run}/verify")
+    assert (job.status_code, job.json()["kind"]) == (202, "evaluate")
+    again = api.get(f"/evaluations/{job.json()['run_id']}").json()
+    assert again["spec"] == api.get(f"/evaluations/{run}").json()["spec"] | {"answers_of": run}
+    owned = claim(database)
+    store(database, owned, Progress("verify", 0, 12), Completions(0, [answer(0, 0, 0)]))
+    finish(database, owned, "succeeded")
+    assert api.post(f"/evaluations/{owned.run_id}/verify").status_code == 202, "one that was judged again, too"
     assert api.get(f"/evaluations/{run}").json()["result"]["acc"]["value"] == 5 / 12
+
+
+def test_answers_that_are_not_there_are_not_judged(api, database, job_in):
+    running, empty = evaluated(database, [4], ended=False), job_in("failed", "evaluate").run_id
+    training = job_in("succeeded").run_id
+    for path, status, said in (
+        (f"/evaluations/{running}/verify", 422, "wait until its job has ended"),
+        (f"/evaluations/{training}/verify", 404, "kind train"),
+        (f"/evaluations/run_{'0' * 32}/verify", 404, "there is no run"),
+    ):
+        response = api.post(path)
+        assert (response.status_code, said in response.text) == (status, True)
+    run = evaluated(database, [4, 1])
+    body = api.get(f"/evaluations/{run}").json()["spec"] | {"answers_of": run}
+    assert api.post("/jobs/evaluate", json=body, params={"dry_run": True}).json()["estimate"]["completions"] == 0
+    for change, pointer, said in (
+        ({"answers_of": empty}, "/answers_of", "has answers"),
+        ({"answers_of": "run_" + "0" * 32}, "/answers_of", "GET /runs"),
+        ({"dataset": "amc23"}, "/dataset", f"POST /evaluations/{run}/verify"),
+        ({"num_samples": 3, "pass_at": [1]}, "/num_samples", f"POST /evaluations/{run}/verify"),
+    ):
+        (error,) = api.post("/jobs/evaluate", json=body | change).json()["errors"]
+        assert (error["pointer"], said in error["mend"]) == (pointer, True)
+    assert api.get("/jobs", params={"status": "queued"}).json()["data"] == []
 
 
 def test_levels_have_numbers_of_their_own(api, database):

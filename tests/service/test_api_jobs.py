@@ -65,6 +65,13 @@ def test_a_dry_run_estimates_and_queues_nothing(api):
     assert (listed(api), listed(api, "/runs")) == ([], [])
 
 
+def test_a_dry_run_counts_the_evaluations_on_the_way(api):
+    evaluated = {"eval_every": 2, "eval_benchmarks": ["data:sums.jsonl", "reasoning-gym:chain_sum?size=9"]}
+    order = TRAIN | evaluated | {"max_steps": 5, "max_completion_length": 10, "eval_num_samples": 2}
+    estimate = api.post("/jobs/train", json=order, params={"dry_run": True}).json()["estimate"]
+    assert (estimate["eval_completions"], estimate["eval_completion_tokens"]) == (4 * 12 * 2, 4 * 12 * 2 * 10)
+
+
 def test_an_order_rings_the_workers_and_a_refused_one_does_not(serve, valkey_url):
     client = serve(broker_url=valkey_url)
     assert client.post("/jobs/train", json=TRAIN | {"num_generations": 1}).status_code == 422

@@ -88,7 +88,10 @@ def test_shards_divide_what_is_not_needed_whole():
     assert imitating["memory_bytes"] == 16 * seven.num_parameters / 4
 
 
-@pytest.mark.parametrize("change", [{"gradient_checkpointing": True}, {"max_length": 512}, {"num_generations": 4}])
+@pytest.mark.parametrize(
+    "change",
+    [{"gradient_checkpointing": True}, {"max_length": 512}, {"num_generations": 4}, {"load_in_4bit": True}],
+)
 def test_what_saves_memory_lowers_the_estimate(tiny, change):
     size = model_size(str(tiny), [tiny.parent])
     assert (
@@ -106,6 +109,18 @@ def test_the_papers_setting_on_5580_problems():
     assert (again["steps"], again["completions"]) == (2790, 3 * 44_640)
     assert estimate(train_spec(), None)["steps"] is None
     assert estimate(train_spec(algorithm="sft"), 5580)["steps"] == 349
+
+
+def test_evaluations_on_the_way_are_counted():
+    changes = {"eval_every": 1000, "eval_benchmarks": ["amc23", "math500"], "eval_num_samples": 4, "eval_limit": 50}
+    found = estimate(train_spec(**changes), 5580, num_eval_problems=[40, 500])
+    assert found["eval_completions"] == 4 * (40 + 50) * 4, "before the first step, after 1000, 2000 and 2790"
+    assert found["eval_completion_tokens"] == 1440 * 2047
+    short = train_spec(**changes, eval_sampling={"max_completion_length": 100}, algorithm="sft", max_steps=1000)
+    assert estimate(short, None, num_eval_problems=[40, 500])["eval_completion_tokens"] == 2 * 90 * 4 * 100
+    unknown = train_spec(**changes | {"eval_limit": None})
+    assert estimate(unknown, 5580, num_eval_problems=[40, None])["eval_completions"] is None
+    assert "eval_completions" not in estimate(train_spec(), 5580)
 
 
 @pytest.mark.parametrize("algorithm", ["erpo", "sft"])

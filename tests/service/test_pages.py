@@ -50,6 +50,7 @@ def service(tmp_path_factory):
     database.migrate()
     runs = {"train": _training(database), "entropy": _analysis(database), "other": _analysis(database, shift=0.75)}
     runs |= {"perturbation": _perturbation(database), "branch": _branch(database), "bounded": _bounded(database)}
+    runs["evaluated"] = _evaluated_training(database)
     runs["queued"] = _submit(database, "train", _train_spec(), "Waiting").run_id
     port = free_port("127.0.0.1")
     server = uvicorn.Server(
@@ -131,6 +132,13 @@ def _training(database: Database) -> str:
     stored += [Progress("train", 8, 8, {"reward": 0.8}), Completions(8, rows), _trace(8, training=True)]
     stored += [Checkpoint(8, "/nowhere", [{"path": "adapter_model.safetensors", "size": 4, "sha256": "0" * 64}])]
     return _run(database, "train", _train_spec(), f"Training {EVIL}", [*stored, Result({"steps": 8})])
+
+
+def _evaluated_training(database: Database) -> str:
+    accuracies = {0: 0.0, 4: 1.0, 8: 1.0}
+    stored = [Metrics(step, {"reward": 0.5}) for step in range(1, 9)]
+    stored += [Metrics(step, {"eval/amc23/acc": acc, "eval/amc23/mean_length": 9}) for step, acc in accuracies.items()]
+    return _run(database, "train", _train_spec(), "Evaluated", stored)
 
 
 def _analysis(database: Database, shift: float = 0.0) -> str:
@@ -240,6 +248,18 @@ def test_smoothing_keeps_the_raw_curve(service, page):
     page.locator("#smoothing").fill("60")
     page.locator("#charts .chart svg .raw").first.wait_for(state="attached")
     assert page.locator("#charts .line").count() == page.locator("#charts .raw").count()
+
+
+def test_evaluations_on_the_way_are_drawn_as_an_average_over_what_was_measured(service, page):
+    base, runs = service
+    page.goto(f"{base}/runs/{runs['evaluated']}")
+    chart = page.locator("#charts .chart", has_text="eval/amc23/acc (EMA 0.2)")
+    chart.locator(".line").wait_for()
+    assert chart.locator(".chart-value").inner_text() == "0.36", "0, then 0.2, then 0.36"
+    assert chart.locator(".raw").count() == 1
+    assert chart.locator(".dot.pale").count() == 3
+    assert page.locator("#charts .chart-title").all_text_contents()[0] == "Reward"
+    assert page.locator("#charts .raw").count() == 2, "the reward is drawn as it is"
 
 
 def test_a_queued_job_can_be_cancelled_from_its_page(service, page):

@@ -9,8 +9,8 @@ collect_ignore_glob = [] if importlib.util.find_spec("vllm") else ["test_*.py"]
 
 
 @pytest.fixture(scope="session")
-def smollm2(tmp_path_factory) -> Path:
+def smollm2(model_cache) -> Path:
     """SmolLM2-135M-Instruct as safetensors."""
     from erpo_core.models import prepare_model
 
-    return prepare_model("smollm2-135m", cache_dir=tmp_path_factory.mktemp("cache"))
+    return prepare_model("smollm2-135m", cache_dir=model_cache)

@@ -19,6 +19,7 @@ from erpo_core.trainer.run import run_training
 from tiny_model import make_tiny_model
 
 pytestmark = pytest.mark.timeout(300)
+SUMS = "reasoning-gym:chain_sum?min_terms=2&max_terms=2&min_digits=1&max_digits=1&size=16&seed=3"
 
 
 class Sink:
@@ -40,7 +41,7 @@ def run(tiny: Path, folder: Path, **more) -> list:
     """The records of a training of two steps."""
     body = {
         "model": str(tiny),
-        "dataset": "reasoning-gym:chain_sum?min_terms=2&max_terms=2&min_digits=1&max_digits=1&size=16&seed=3",
+        "dataset": SUMS,
         "rewards": [{"name": "boxed_format", "weight": 0.1}, {"name": "regex", "args": {"pattern": "[a-m]"}}],
         "outcome_reward": "regex",
         "num_generations": 4,
@@ -84,6 +85,20 @@ def test_the_engine_samples_from_the_policy_of_each_step(train, monkeypatch):
     for values in steps:
         assert 0 < values["sampling/logp_difference_mean"] <= values["sampling/logp_difference_max"] < 1e-3
         assert values["grad_norm"] > 0
+
+
+def test_the_policy_is_evaluated_by_the_same_engine_and_training_is_as_without(train):
+    evaluated = {"eval_every": 2, "eval_benchmarks": [SUMS], "eval_num_samples": 2}
+    runs = {name: train(preflight=False, **more) for name, more in (("with", evaluated), ("without", {}))}
+    metrics = {name: [one for one in records if isinstance(one, Metrics)] for name, records in runs.items()}
+    evaluations = [one for one in metrics["with"] if "eval/chain_sum/acc" in one.values]
+    assert [one.step for one in evaluations] == [0, 2]
+    assert evaluations[0].values["eval/chain_sum/mean_length"] > 0
+    rewards = {
+        name: [(one.values["reward"], one.values["grad_norm"]) for one in found if "reward" in one.values]
+        for name, found in metrics.items()
+    }
+    assert rewards["with"] == rewards["without"]
 
 
 def test_the_difference_from_the_engine_can_be_corrected_token_by_token(train):

@@ -95,7 +95,8 @@ def run_killed(database, desk, submit, tmp_path, monkeypatch):
         monkeypatch.setenv("ERPO_DIARY", str(diary))
         for _ in deaths:
             assert desk.ring() == 1
-            assert job_of(database, job_id).status_reason == "child_killed", job_of(database, job_id).error
+            # Where the machine kills for want of memory at the same moment, whoever it is, that is taken for the cause.
+            assert job_of(database, job_id).status_reason in ("child_killed", "oom"), job_of(database, job_id).error
             call(database, jobs.retry_job, job_id)
         assert desk.ring() == 1
         assert job_of(database, job_id).status == "succeeded", job_of(database, job_id).error

@@ -9,7 +9,7 @@ from erpo_core.checkpoints import publish
 from erpo_core.codec import encode_trace
 from erpo_core.errors import UnknownReferenceError
 from erpo_core.job import JobInputs, ModelInput
-from erpo_core.records import Checkpoint, Completions, Trace
+from erpo_core.records import Checkpoint, Completions, Resolved, Trace
 from service.db import claims, runs, traces
 from service.db.jobs import create_job
 from service.db.records import apply_records
@@ -173,6 +173,45 @@ def test_an_analysis_of_stored_answers_is_given_them_under_their_own_prompt(data
         again = traced(session, first)
         branch = resolve_inputs(session, claimed(session, "branch", {"sequence": again}), settings)
     assert branch.source["prompt_spec"] == {"template": "raw"}
+
+
+def test_each_run_of_an_evaluation_of_several_checkpoints_gets_its_own_adapter_and_answers(database, settings):
+    with database.write() as session:
+        trained = train(session, settings)
+        specs = [{"model": {"run": trained.run_id, "checkpoint": wanted}} for wanted in (10, "best", "last")]
+        job = create_job(session, kind="evaluate", spec=specs[0], options={}, more=specs[1:])
+        claim = claims.claim_next(session, queues=["default"], worker_id="w", lease_seconds=60)
+        row = {"prompt_id": "p1", "sample": 0, "completion": "x", "group": 0, "prompt": "q"}
+        records = [Completions(0, [row], run_id) for run_id in job.run_ids[:2]]
+        apply_records(session, job_id=claim.job_id, run_id=claim.run_id, attempt=1, records=[*records, records[0]])
+        claims.finish_attempt(session, claim.job_id, 1, outcome="requeued")
+        again = claims.claim_next(session, queues=["default"], worker_id="w", lease_seconds=60)
+        inputs = resolve_inputs(session, again, settings)
+    found = [inputs, *inputs.also]
+    assert [one.run_id for one in found] == job.run_ids
+    assert [step_of(one.model) for one in found] == ["step-10", "step-20", "step-30"]
+    assert [one.stored for one in found] == [{("p1", 0)}, {("p1", 0)}, frozenset()]
+    assert {one.work_dir for one in found} == {inputs.work_dir}
+    assert JobInputs.from_json(inputs.to_json()) == inputs
+
+
+def test_answers_that_are_judged_again_need_neither_the_model_nor_its_files(database, settings):
+    with database.write() as session:
+        trained = train(session, settings)
+        model = {"run": trained.run_id, "checkpoint": 10}
+        first = claimed(session, "evaluate", {"model": model})
+        rows = [{"prompt_id": "p1", "sample": i, "prompt": "q", "completion": "x", "group": 4} for i in range(2)]
+        records = [Resolved({"model_digest": "m"}), Completions(0, rows)]
+        apply_records(session, job_id=first.job_id, run_id=first.run_id, attempt=1, records=records)
+        next(settings.artifacts_dir.rglob("step-10")).rmdir()
+        again = claimed(session, "evaluate", {"model": model, "answers_of": first.run_id})
+        inputs = resolve_inputs(session, again, settings)
+    assert inputs.source["resolved"] == {"model_digest": "m"}
+    assert [(row["sample"], row["prompt"], row["group"]) for row in inputs.source["answers"]] == [
+        (0, "q", 4),
+        (1, "q", 4),
+    ]
+    assert inputs.stored == frozenset()
 
 
 def test_a_server_that_the_worker_does_not_know_is_not_reached(database, settings):

@@ -11,8 +11,10 @@ from rich.text import Text
 _PHASES = {
     "load": "loading the model",
     "train": "training",
+    "evaluate": "evaluating the policy",
     "generate": "sampling answers",
     "score": "scoring",
+    "verify": "checking answers",
     "save": "saving",
 }
 

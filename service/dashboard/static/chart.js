@@ -76,7 +76,7 @@ export class LineChart {
     const smoothed = this.series.smoothed;
     svg("path", { class: smoothed ? "raw" : "line", d: this.path(this.series.value) }, this.svg);
     if (smoothed) svg("path", { class: "line", d: this.path(smoothed) }, this.svg);
-    if (steps.length > 0 && steps.length <= 40) this.dots(smoothed || this.series.value);
+    if (steps.length > 0 && steps.length <= 40) this.dots(this.series.value, smoothed ? "dot pale" : "dot");
     for (const index of this.markers || []) this.marker(index);
     this.cursorLine = svg("line", { class: "cursor", y1: MARGIN.top, y2: height - MARGIN.bottom, visibility: "hidden" }, this.svg);
     this.cursorDot = svg("circle", { class: "cursor-dot", r: 3.5, visibility: "hidden" }, this.svg);
@@ -113,9 +113,9 @@ export class LineChart {
     return `M${kept.map((i) => at(i, max[i])).join("L")}L${kept.reverse().map((i) => at(i, min[i])).join("L")}Z`;
   }
 
-  dots(values) {
+  dots(values, style) {
     values.forEach((v, i) => {
-      if (v !== null) svg("circle", { class: "dot", cx: this.x(this.series.step[i]), cy: this.y(v), r: 2 }, this.svg);
+      if (v !== null) svg("circle", { class: style, cx: this.x(this.series.step[i]), cy: this.y(v), r: 2 }, this.svg);
     });
   }
 

@@ -24,7 +24,8 @@ const refreshRun = throttled(async () => {
 const refreshJob = throttled(async () => {
   state.job = await getJson(`/jobs/${state.run.job_id}`);
   state.progress = state.job.progress || state.progress;
-  const compare = el("a", { class: "button", href: `/evaluations/compare?evaluation=${runId}` }, "Compare…");
+  const ids = [runId, ...state.job.run_ids.filter((id) => id !== runId)];
+  const compare = el("a", { class: "button", href: `/evaluations/compare?${ids.map((id) => `evaluation=${id}`).join("&")}` }, "Compare…");
   showJobHead(state.job, [compare], () => { refreshJob(); if (!state.streaming) listen(); });
   showProgress();
   showFacts();
@@ -33,7 +34,8 @@ const refreshProblems = throttled(() => problems.refresh(), 4000);
 
 function showProgress() {
   const progress = state.progress;
-  showJobProgress(state.job, progress, progress ? [["accuracy so far", progress.acc === undefined ? undefined : percent(progress.acc)], ["tokens/s", progress.tokens_per_second]] : []);
+  const acc = progress?.run_id === runId ? percent(progress.acc) : undefined; // the job may be at another of its runs
+  showJobProgress(state.job, progress, progress ? [["accuracy so far", acc], ["tokens/s", progress.tokens_per_second]] : []);
 }
 
 function showFacts() {
