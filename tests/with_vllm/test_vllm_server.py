@@ -20,6 +20,7 @@ from erpo_core.job import JobInputs, ModelInput
 from erpo_core.models import load_model, load_policy
 from erpo_core.prompts import stop_token_ids
 from erpo_core.records import Metrics
+from erpo_core.rewards.functions import Regex
 from erpo_core.specs import parse_spec
 from erpo_core.trainer.run import run_training
 
@@ -133,7 +134,7 @@ def test_an_adapter_that_the_server_cannot_take_is_refused(server, smollm2, tmp_
 def train(url, smollm2, tmp_path):
     """A training of two steps that samples from the server; its records."""
 
-    def train():
+    def train(**changes):
         body = {
             "model": str(smollm2),
             "dataset": "reasoning-gym:chain_sum?min_terms=2&max_terms=2&min_digits=1&max_digits=1&size=8&seed=3",
@@ -161,7 +162,7 @@ def train(url, smollm2, tmp_path):
             model_roots=(smollm2.parent,),
         )
         sink = Sink()
-        run_training(parse_spec("train", body), inputs, sink, sink)
+        run_training(parse_spec("train", body | changes), inputs, sink, sink)
         return sink.records
 
     return train
@@ -190,9 +191,14 @@ def test_a_step_on_the_adapter_of_the_step_before_is_refused(server, train, tmp_
             shutil.copytree(folder, first)
         load(self, first, name)
 
+    def every_other(self, *, completions, **_) -> list[float]:
+        return [float(row % 2) for row in range(len(completions))]
+
+    # Whatever the server samples, the first step moves the policy, and far enough to be seen above the rounding.
+    monkeypatch.setattr(Regex, "__call__", every_other)
     monkeypatch.setattr(VLLMServer, "load_adapter", load_the_first)
     with pytest.raises(RunError, match="not as version 2") as caught:
-        train()
+        train(learning_rate=5e-3)
     assert caught.value.code == "stale_adapter"
 
 
