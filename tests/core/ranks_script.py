@@ -158,6 +158,9 @@ def sft(model: str, out: Path, hardware: dict, data_root: str, lora: dict | None
         "save_steps": 3,
         "lora": lora,
         "hardware": hardware,
+        "eval_every": 3,
+        "eval_benchmarks": ["data:sums.jsonl"],
+        "eval_sampling": {"max_completion_length": 4},
     }
     inputs = JobInputs(
         job_id="job",
@@ -171,7 +174,7 @@ def sft(model: str, out: Path, hardware: dict, data_root: str, lora: dict | None
     )
     records: list = []
     run_sft(parse_spec("train", body), inputs, SimpleNamespace(emit=records.append), SimpleNamespace(requested=False))
-    logs = [record.values for record in records if record.kind == "metrics"]
+    logs = [record.values for record in records if record.kind == "metrics" and "loss" in record.values]
     if logs:
         (out / "logs.json").write_text(json.dumps(logs))
 

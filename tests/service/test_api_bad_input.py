@@ -149,6 +149,7 @@ TRAININGS = [
     (SERVED | {"vllm_importance_sampling_correction": True, "temperature": 0.7}, "/temperature", "write 1"),
     ({"hardware": {"strategy": "fsdp"}}, "/hardware/strategy", "'fsdp2'"),
     ({"hardware": {"num_gpus": 2}}, "/hardware/strategy", "write one"),
+    ({"load_in_4bit": True, "hardware": {"num_gpus": 2, "strategy": "fsdp2"}}, "/load_in_4bit", "ddp"),
     ({"hardware": {"num_gpus": 2, "strategy": "zero3"}}, "/hardware/strategy", "`fsdp2`"),
     ({"hardware": {"num_gpus": 1, "strategy": "fsdp2"}}, "/hardware/strategy", "2 or more"),
     ({"hardware": {"num_gpus": 3, "strategy": "ddp"}}, "/generation_batch_size", "a multiple"),
