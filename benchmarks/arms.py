@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from peft import LoraConfig
+from results import synced
 from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessor
 from trl import GRPOConfig, GRPOTrainer
 
@@ -65,7 +66,7 @@ class ForcedEngine(TransformersEngine):
 
     def _choose(self, drawn, alive, step):
         drawn = torch.where(drawn == self.end, (drawn + 7) % 1000 + 100, drawn)
-        return torch.where(self.lengths.to(alive.device)[alive] == step + 1, self.end, drawn)
+        return torch.where(self.lengths[alive] == step + 1, self.end, drawn)
 
 
 def fixed_rewards(completion_ids, **_) -> list[float]:
@@ -172,7 +173,7 @@ class ForcedTrainer(ERPOTrainer):
         if self.args.use_vllm:
             return ForcedVLLM(engine, self.lengths, end)
         forced = ForcedEngine(engine.model, engine.tokenizer)
-        forced.lengths, forced.end = torch.tensor(self.lengths), end
+        forced.lengths, forced.end = torch.tensor(self.lengths, device=engine.model.device), end
         return forced
 
 
@@ -262,10 +263,3 @@ def make_rows(case: Case, tokenizer: Any) -> list[dict[str, str]]:
         ids = tokenizer(text)["input_ids"][: case.prompt_length]
         rows += [{"prompt": tokenizer.decode(ids)}] * GROUP_SIZE
     return rows
-
-
-def synced(start: float) -> float:
-    """Seconds since ``start``, the device's queue included."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - start

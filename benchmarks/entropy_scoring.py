@@ -3,7 +3,8 @@
     python benchmarks/entropy_scoring.py                       # small: SmolLM2's shape, 256 tokens, 2 rounds
     python benchmarks/entropy_scoring.py --full --write        # V = 49k and V = 152k, 2,048 tokens, into RESULTS.md
 
-Models have random weights of the named shape, float32 throughout. Arms:
+Models have random weights of the named shape, on CUDA where there is one. Float32 throughout, or --dtype bfloat16: then
+the other arms' logits are what they make of them, and the entropies' distance from ours is reported. Arms:
 
 - body: the transformer without its head.
 - body+gemm: and one product with the head, in tiles, nothing kept: the floor for any exact entropy.
@@ -13,8 +14,8 @@ Models have random weights of the named shape, float32 throughout. Arms:
 
 Every reading is of a process of its own; in each round the arms take turns in random order, and ratios are of the arms
 of one round. A process warms up with one whole run. All arms keep freed memory (page faults would be much of what is
-measured), but for the peak: resident memory above the loaded model, from processes with the usual allocator. Arms whose
-mean entropies differ by more than 1e-3 nats stop the benchmark.
+measured), but for the peak: resident memory (on CUDA: allocated) above the loaded model, from processes with the usual
+allocator. In float32, arms whose mean entropies differ by more than 1e-3 nats stop the benchmark.
 """
 
 import argparse
@@ -67,6 +68,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=2, help="processes of each arm")
     parser.add_argument("--repeats", type=int, default=3, help="runs of a process, after the first")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--threads", type=int, default=0, help="0: torch's own choice")
     parser.add_argument("--full", action="store_true", help="both shapes, 2,048 tokens, 5 rounds")
     parser.add_argument("--write", action="store_true", help="into RESULTS.md")
@@ -84,7 +86,8 @@ def read_all(shape: str, arguments: argparse.Namespace) -> tuple[list[dict[str, 
     for _ in range(arguments.rounds):
         found = {arm: _apart(arm, shape, arguments) for arm in shuffle.sample(ARMS, len(ARMS))}
         entropies = {arm: one["mean_entropy"] for arm, one in found.items() if one["mean_entropy"] is not None}
-        if max(entropies.values()) - min(entropies.values()) > _SAME_ENTROPY:
+        apart = max(entropies.values()) - min(entropies.values())
+        if apart > _SAME_ENTROPY and arguments.dtype == "float32":
             raise SystemExit(f"the arms do not compute the same: {entropies}")
         rounds.append(found)
     return rounds, {arm: _apart(arm, shape, arguments, "--peak")["peak_mib"] for arm in ARMS}
@@ -92,7 +95,8 @@ def read_all(shape: str, arguments: argparse.Namespace) -> tuple[list[dict[str, 
 
 def _apart(arm: str, shape: str, arguments: argparse.Namespace, *more: str) -> dict:
     command = [sys.executable, __file__, "--arm", arm, "--models", shape, "--tokens", str(arguments.tokens)]
-    command += ["--repeats", str(arguments.repeats), "--threads", str(arguments.threads), *more]
+    command += ["--repeats", str(arguments.repeats), "--threads", str(arguments.threads), "--dtype", arguments.dtype]
+    command += more
     environment = os.environ if "--peak" in more else os.environ | ALLOCATOR
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -108,7 +112,7 @@ def report(shape: str, arguments: argparse.Namespace, rounds: list[dict[str, dic
 
     vocabulary, tokens = SHAPES[shape]["vocab_size"], arguments.tokens
     lines = [
-        f"### {shape}: V = {vocabulary:,}, {tokens:,} tokens",
+        f"### {shape}: V = {vocabulary:,}, {tokens:,} tokens, {arguments.dtype}",
         "",
         f"Medians of {len(rounds)} processes, {arguments.repeats} runs each.",
         "",
@@ -118,8 +122,8 @@ def report(shape: str, arguments: argparse.Namespace, rounds: list[dict[str, dic
     for arm in ARMS:
         whole = results.median([found[arm]["seconds"] for found in rounds])
         heads = [found[arm]["head_seconds"] for found in rounds if found[arm]["head_seconds"] is not None]
-        head = f"{results.median(heads):.3f}" if heads else ""
-        lines.append(f"| {arm} | {whole:.3f} | {tokens / whole:.0f} | {head} | {peaks[arm]:.0f} |")
+        head = f"{results.median(heads):.4f}" if heads else ""
+        lines.append(f"| {arm} | {whole:.4f} | {tokens / whole:.0f} | {head} | {peaks[arm]:.0f} |")
     logits_mib = tokens * vocabulary * 4 / 2**20
     lines += [
         "",
@@ -130,6 +134,11 @@ def report(shape: str, arguments: argparse.Namespace, rounds: list[dict[str, dic
         f"{peaks['body']:.0f} MiB; logits alone, held once, would be {logits_mib:.0f} MiB",
         f"- memory, ours / trl: {peaks['ours'] / peaks['trl']:.2f}",
     ]
+    if arguments.dtype != "float32":
+        apart = {
+            arm: rounds[0][arm]["mean_entropy"] - rounds[0]["ours"]["mean_entropy"] for arm in ("log_softmax", "trl")
+        }
+        lines.append("- mean entropy less ours, nats: " + ", ".join(f"{arm} {gap:+.4f}" for arm, gap in apart.items()))
     return "\n".join(lines)
 
 
@@ -172,8 +181,9 @@ def _prepare(arm: str, shape: str, arguments: argparse.Namespace) -> tuple[Run, 
     torch.manual_seed(0)
     places = max(4096, arguments.tokens + 1)
     config = Qwen2Config(**SHAPES[shape], max_position_embeddings=places, tie_word_embeddings=True)
-    model = AutoModelForCausalLM.from_config(config).float().eval()
-    ids = torch.randint(0, config.vocab_size, (1, arguments.tokens + 1))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = AutoModelForCausalLM.from_config(config).to(device, getattr(torch, arguments.dtype)).eval()
+    ids = torch.randint(0, config.vocab_size, (1, arguments.tokens + 1)).to(device)
     return _arm(arm, model, ids)
 
 
@@ -183,7 +193,7 @@ def _arm(arm: str, model, ids) -> tuple[Run, Run | None]:
     from erpo_core.logits import score_tokens
 
     weight, targets = model.get_output_embeddings().weight.detach(), ids[0, 1:]
-    hidden = torch.randn(len(targets), weight.shape[1])
+    hidden = torch.randn(len(targets), weight.shape[1]).to(weight)
 
     def body():
         return model.model(input_ids=ids, use_cache=False).last_hidden_state[0, :-1]
@@ -221,9 +231,11 @@ def _arm(arm: str, model, ids) -> tuple[Run, Run | None]:
 
 
 def _timed(run: Run) -> float:
+    from results import synced
+
     start = time.perf_counter()
     run()
-    return time.perf_counter() - start
+    return synced(start)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import platform
 import re
+import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -24,6 +25,13 @@ def ratio(pairs: Sequence[tuple[float, float]], seed: int = 0) -> str:
     draws = np.random.default_rng(seed).choice(ratios, (10_000, len(ratios)))
     low, high = np.quantile(np.median(draws, axis=1), [0.025, 0.975])
     return f"{np.median(ratios):.3f} [{low:.3f}, {high:.3f}]"
+
+
+def synced(start: float) -> float:
+    """Seconds since ``start``, the device's queue included."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
 
 
 class PeakMemory:

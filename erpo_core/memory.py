@@ -12,8 +12,10 @@ from erpo_core.models import KNOWN_MODELS
 from erpo_core.specs.train import BaseTrainSpec, GrpoTrainSpec
 
 SMALL_MODEL = 500_000_000
-"""Parameters up to which ``scoring_dtype="auto"`` is float32."""
+"""Parameters up to which ``scoring_dtype="auto"`` and an analysis of entropies are float32."""
 _SIZE_IN_NAME = re.compile(r"(?<![\w.])(\d+(?:\.\d+)?)([BM])(?![A-Za-z0-9])", re.IGNORECASE)
+MICRO_BATCH_TOKENS = 2**13
+"""Sampled tokens up to which groups share a micro-batch on CUDA: shorter ones wait for launches."""
 _GRADIENT_AND_ADAM_BYTES = 12
 _BYTES_IN_4BIT = 0.75
 """A parameter; embeddings, head and norms are not in 4 bits."""
@@ -74,7 +76,8 @@ def training_memory(spec: BaseTrainSpec, size: ModelSize) -> dict[str, int | Non
         however they are sharded; ``optimizer_bytes``, gradients and Adam's moments; ``kv_cache_bytes`` and
         ``activation_bytes``, None where the model's shape is not known; ``memory_bytes``, the sum of the known ones.
     """
-    width = 2 if _holds_bf16(spec, size) else 4
+    in_bf16 = _computes_in_bf16(spec, size)
+    width = 2 if in_bf16 and spec.lora is not None else 4
     if spec.load_in_4bit:
         width = _BYTES_IN_4BIT
     devices = max(1, spec.hardware.num_gpus)
@@ -86,17 +89,26 @@ def training_memory(spec: BaseTrainSpec, size: ModelSize) -> dict[str, int | Non
     parts = {
         "weights_bytes": round(size.num_parameters * width * copies) + (0 if spec.lora is None else 4 * trained),
         "optimizer_bytes": trained * _GRADIENT_AND_ADAM_BYTES // shards,
-        "kv_cache_bytes": None if shape is None else _cache_bytes(spec, shape) // devices,
-        "activation_bytes": None if shape is None else _activation_bytes(spec, shape),
+        "kv_cache_bytes": None if shape is None else _cache_bytes(spec, shape, in_bf16) // devices,
+        "activation_bytes": None if shape is None else _activation_bytes(spec, shape, in_bf16),
     }
     return {"num_parameters": size.num_parameters, **parts, "memory_bytes": sum(filter(None, parts.values()))}
 
 
-def _holds_bf16(spec: BaseTrainSpec, size: ModelSize) -> bool:
+def rows_of_micro_batch(spec: GrpoTrainSpec) -> int:
+    """Responses that a CUDA device scores at a time: a group, or several where answers are short."""
+    share = spec.generation_batch_size // max(1, spec.hardware.num_gpus)
+    rows = math.gcd(spec.num_generations, share)
+    fitting = MICRO_BATCH_TOKENS // (rows * (spec.max_completion_length or spec.max_length))
+    return rows * max(n for n in range(1, share // rows + 1) if n == 1 or ((share // rows) % n == 0 and n <= fitting))
+
+
+def _computes_in_bf16(spec: BaseTrainSpec, size: ModelSize) -> bool:
+    """Answers are sampled in what they are scored in."""
     scoring = getattr(spec, "scoring_dtype", "bfloat16")
     if scoring == "auto":
         scoring = "float32" if size.num_parameters <= SMALL_MODEL else "bfloat16"
-    return spec.lora is not None and spec.bf16 is not False and scoring == "bfloat16"
+    return spec.bf16 is not False and scoring == "bfloat16"
 
 
 def _adapter_parameters(spec: BaseTrainSpec, shape: ModelShape | None) -> int:
@@ -108,18 +120,23 @@ def _adapter_parameters(spec: BaseTrainSpec, shape: ModelShape | None) -> int:
     return spec.lora.r * ends * shape.num_layers
 
 
-def _cache_bytes(spec: BaseTrainSpec, shape: ModelShape) -> int:
+def _cache_bytes(spec: BaseTrainSpec, shape: ModelShape, in_bf16: bool) -> int:
     if not isinstance(spec, GrpoTrainSpec):
         return 0
     tokens = spec.generation_batch_size * spec.max_length
-    return tokens * 2 * shape.num_layers * shape.kv_size * (4 if spec.bf16 is False else 2)
+    return tokens * 2 * shape.num_layers * shape.kv_size * (2 if in_bf16 else 4)
 
 
-def _activation_bytes(spec: BaseTrainSpec, shape: ModelShape) -> int:
-    """Of one micro-batch: a group of answers, or four solutions."""
-    rows = spec.num_generations if isinstance(spec, GrpoTrainSpec) else min(4, spec.train_batch_size)
-    width = 2 if spec.bf16 is False else 1
-    layer = rows * spec.max_length * shape.hidden_size * width
+def _activation_bytes(spec: BaseTrainSpec, shape: ModelShape, in_bf16: bool) -> int:
+    """Of one micro-batch: some groups of answers, a prompt with each, or four solutions."""
+    if isinstance(spec, GrpoTrainSpec):
+        rows = rows_of_micro_batch(spec)
+        tokens = rows * (spec.max_completion_length or spec.max_length)
+        tokens += math.ceil(rows / spec.num_generations) * spec.prompt_room
+    else:
+        tokens = min(4, spec.train_batch_size) * spec.max_length
+    width = 1 if in_bf16 else 2
+    layer = tokens * shape.hidden_size * width
     if spec.gradient_checkpointing:
         return layer * (2 * shape.num_layers + _ACTIVATION_BYTES)
     return layer * shape.num_layers * _ACTIVATION_BYTES

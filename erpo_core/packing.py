@@ -3,6 +3,7 @@
 What all prompts begin with, each prompt, and each answer are segments of a tree. A segment attends to itself causally
 and to all tokens of the segments above. Everything but attention is a function of one token, so the model's
 layers see exactly L = distinct tokens; attention runs on buckets of segments of like length that hang from one parent.
+On CUDA a short row is attended to as a whole, behind a mask: there the number of launches is what takes time.
 """
 
 # L = packed tokens, S = segments of a bucket, T = their padded length, P = tokens above them
@@ -10,6 +11,7 @@ layers see exactly L = distinct tokens; attention runs on buckets of segments of
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -22,6 +24,10 @@ from erpo_core.prefill import shared_prefix
 ATTENTION = "erpo_packed"
 _LEAST_FILL = 0.75
 """A bucket's shortest segment over its longest: below it, padding costs more than another kernel call."""
+_SHORT_ROW = {"cpu": 0, "cuda": 4096}
+"""Tokens of a row whose attention is one product with a mask of L x L."""
+_ALIGNED = 16
+"""Elements: attention kernels take rows of a mask that begin at a multiple of it."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +57,23 @@ class PackedRow:
     """(L,) int64: where each token's attention output stands in that of all buckets."""
     sources: Tensor
     """(N,) int64: the token whose hidden state predicts each answer token, answer by answer."""
+    segments: Tensor
+    """(L,) int64: the segment of each token, in the order of the row."""
+    above: Tensor
+    """(segments, segments) bool: whether the second is the first, or lies above it."""
+
+    def is_short(self, device: torch.device) -> bool:
+        """Whether all of it is attended to at once."""
+        return self.ids.shape[1] <= _SHORT_ROW.get(device.type, 0)
+
+    @cached_property
+    def bias(self) -> Tensor:
+        """(L, L) float32: 0 where a token (row) sees another (column), minus infinity elsewhere."""
+        length = self.ids.shape[1]
+        sees = self.above[self.segments[:, None], self.segments] & (self.positions <= self.positions.T)
+        width = -(-length // _ALIGNED) * _ALIGNED
+        bias = torch.full((length, width), float("-inf"), device=sees.device)[:, :length]
+        return bias.masked_fill_(sees, 0.0)
 
 
 def pack(prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], device: torch.device | str) -> PackedRow:
@@ -81,6 +104,8 @@ class _Builder:
     def __init__(self) -> None:
         self._ids: list[int] = []
         self._positions: list[int] = []
+        self._segments: list[int] = []
+        self._above: list[set[int]] = []
         self._buckets: list[tuple[list[range], tuple[int, ...]]] = []
 
     def add(self, tokens: Sequence[int], above: tuple[int, ...]) -> tuple[int, ...]:
@@ -89,8 +114,11 @@ class _Builder:
     def add_all(self, segments: Sequence[Sequence[int]], above: tuple[int, ...]) -> list[tuple[int, ...]]:
         """Places of segments that hang from ``above``."""
         places = []
+        parents = {self._segments[place] for place in above}
         for tokens in segments:
             start = len(self._ids)
+            self._segments += [len(self._above)] * len(tokens)
+            self._above.append(parents | {len(self._above)})
             self._ids += tokens
             self._positions += range(len(above), len(above) + len(tokens))
             places.append(range(start, len(self._ids)))
@@ -116,12 +144,17 @@ class _Builder:
                     _mask(len(above), length).to(device) if above else None,
                 )
             )
+        above_SS = torch.zeros(len(self._above), len(self._above), dtype=torch.bool)
+        for segment, seen in enumerate(self._above):
+            above_SS[segment, list(seen)] = True
         return PackedRow(
             torch.tensor([self._ids]).to(device),
             torch.tensor([self._positions]).to(device),
             tuple(buckets),
             order.to(device),
             torch.tensor(sources, dtype=torch.long).to(device),
+            torch.tensor(self._segments).to(device),
+            above_SS.to(device),
         )
 
 
@@ -167,9 +200,23 @@ def packed_attention(config: Any) -> Iterator[None]:
 
 def _attend(module, query, key, value, attention_mask, *, packed_row: PackedRow, scaling=None, **_):
     """transformers' attention interface: (1, heads, L, head size) in, (1, L, heads, head size) out."""
+    attend = _attend_whole if packed_row.is_short(query.device) else _attend_buckets
+    return attend(query, key, value, packed_row, scaling), None
+
+
+def _attend_whole(query: Tensor, key: Tensor, value: Tensor, row: PackedRow, scaling: float | None) -> Tensor:
+    # Rotary embeddings may leave float32 under autocast. Kernels that take a mask take no heads that share keys.
+    shared = query.shape[1] // key.shape[1]
+    key, value = (states.to(value.dtype).repeat_interleave(shared, 1) for states in (key, value))
+    bias = row.bias.to(value.dtype)
+    found = scaled_dot_product_attention(query.to(value.dtype), key, value, attn_mask=bias[None, None], scale=scaling)
+    return found.transpose(1, 2)
+
+
+def _attend_buckets(query: Tensor, key: Tensor, value: Tensor, row: PackedRow, scaling: float | None) -> Tensor:
     query_Lhd, key_Lhd, value_Lhd = (states[0].transpose(0, 1) for states in (query, key, value))
     outputs = []
-    for bucket in packed_row.buckets:
+    for bucket in row.buckets:
         found = scaled_dot_product_attention(
             _padded(query_Lhd, bucket),
             _with_above(key_Lhd, bucket),
@@ -180,7 +227,7 @@ def _attend(module, query, key, value, attention_mask, *, packed_row: PackedRow,
             enable_gqa=query.shape[1] != key.shape[1],
         )
         outputs.append(found.transpose(1, 2).flatten(0, 1))
-    return torch.cat(outputs).index_select(0, packed_row.order)[None], None
+    return torch.cat(outputs).index_select(0, row.order)[None]
 
 
 def _padded(states_Lhd: Tensor, bucket: Bucket) -> Tensor:

@@ -22,6 +22,15 @@ settings.register_profile("shared-cores", deadline=None)  # how long an example 
 settings.load_profile("shared-cores")
 
 
+def pytest_runtest_setup(item):
+    """Leave out, on a GPU, what is compared to the last bit."""
+    if item.get_closest_marker("bitwise"):
+        import torch
+
+        if torch.cuda.is_available():
+            pytest.skip("to the last bit on CPUs alone")
+
+
 @pytest.fixture(scope="session")
 def model_cache(tmp_path_factory):
     """Where prepared models lie: one folder for all workers of a run, since SmolLM2 takes a quarter of a minute."""

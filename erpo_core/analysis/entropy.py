@@ -26,7 +26,8 @@ from erpo_core.analysis.statistics import sequence_stats, top_pivot_tokens
 from erpo_core.analysis.stored import StoredTrace, stored_traces
 from erpo_core.generation.transformers import TransformersEngine
 from erpo_core.job import JobInputs, Stop
-from erpo_core.models import load_policy
+from erpo_core.memory import SMALL_MODEL, count_parameters
+from erpo_core.models import load_policy, prepare_model
 from erpo_core.prompts import stop_token_ids
 from erpo_core.records import Progress, Resolved, Result, Sink
 from erpo_core.specs.entropy import EntropySpec
@@ -44,8 +45,10 @@ def run_entropy(spec: EntropySpec, inputs: JobInputs, sink: Sink, stop: Stop) ->
     """
     started = time.monotonic()
     sink.emit(Progress("load", 0, 1))
-    dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
-    model, tokenizer, info = load_policy(inputs, dtype=dtype)
+    path = prepare_model(inputs.model.base, cache_dir=inputs.cache_dir, model_roots=inputs.model_roots)
+    # Of what bfloat16 costs, up to a tenth of a nat, the head is spared; a small model is spared all of it.
+    small = count_parameters(path) <= SMALL_MODEL
+    model, tokenizer, info = load_policy(inputs, dtype=torch.float32 if small else None)
     model.eval()
     stored = stored_traces(inputs)
     versions = {name: version(name) for name in ("torch", "transformers", "peft")}

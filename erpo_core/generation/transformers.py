@@ -2,7 +2,7 @@
 
 What makes it fast for groups of answers to one question: a prompt is computed once, and what all prompts begin with
 once for all; the key-value cache is repeated for the n answers and grows in place; an answer that has ended leaves the
-batch.
+batch. On CUDA, where small batches wait for launches, a token is one recorded graph.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -12,17 +12,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from erpo_core.generation import fixed
 from erpo_core.generation.base import Sample, Sampling, check_call
 from erpo_core.generation.cache import roomy_cache
+from erpo_core.generation.drawing import draw, logps_of
 from erpo_core.prefill import pad_prompts, prefill
 
 
 class TransformersEngine:
-    """Samples from a causal language model, a PEFT model included."""
+    """Samples from a causal language model, a PEFT model included.
 
-    def __init__(self, model: Any, tokenizer: Any) -> None:
+    Args:
+        fixed_shapes: Decode by :mod:`erpo_core.generation.fixed` where the model allows it; by default on CUDA.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, *, fixed_shapes: bool | None = None) -> None:
         self.model = model
         self.tokenizer = tokenizer
+        self.fixed_shapes = fixed_shapes
 
     def generate(
         self,
@@ -74,36 +81,50 @@ class TransformersEngine:
         cache.batch_repeat_interleave(n)
         logits = start.logits[:, -1].repeat_interleave(n, dim=0)
         mask = padded_prompts.mask.repeat_interleave(n, dim=0)
-        padded = not bool(mask.all())
+        answers = Answers(len(prompts) * n, sampling, max_new_tokens, set(stop_ids), seed)
+        wanted = device.type == "cuda" if self.fixed_shapes is None else self.fixed_shapes
+        if wanted and fixed.suits(self.model, cache):
+            self._decode_fixed(answers, cache, mask, logits)
+        else:
+            self._decode_growing(answers, cache, mask, logits)
+        return answers.token_ids, answers.logps if sampling.is_whole else [None] * len(answers.token_ids)
 
-        generator = torch.Generator().manual_seed(seed)
-        stops = torch.tensor(sorted(set(stop_ids)), dtype=torch.long, device=device)
-        total = len(prompts) * n
-        alive = torch.arange(total, device=device)  # which answer a row of the batch is
-        answers: list[list[int]] = [[] for _ in range(total)]
-        logps: list[list[float]] = [[] for _ in range(total)]
-        for step in range(max_new_tokens):
-            # One number for every answer at every step, the ended ones too: nobody's draw depends on the others' ends.
-            uniform = torch.rand(total, generator=generator, dtype=torch.float64).to(device)[alive]
+    def _decode_growing(self, answers: "Answers", cache: Any, mask: Tensor, logits: Tensor) -> None:
+        """A token at a time; the batch holds the answers that go on, and no more."""
+        device, sampling = logits.device, answers.sampling
+        padded = not bool(mask.all())
+        alive = torch.arange(len(logits), device=device)  # which answer a row of the batch is
+        for step in range(answers.max_new_tokens):
+            uniform = answers.uniform(1)[0].to(device)[alive]
             chosen = self._choose(draw(logits, sampling, uniform), alive, step)
-            given = (
-                logps_of(logits, chosen, sampling.temperature).tolist() if sampling.is_whole else [None] * len(alive)
-            )
-            for answer, token, logp in zip(alive.tolist(), chosen.tolist(), given, strict=True):
-                answers[answer].append(token)
-                logps[answer].append(logp)
-            going = ~torch.isin(chosen, stops)
-            if step + 1 == max_new_tokens or not bool(going.any()):
-                break
-            if not bool(going.all()):
-                kept = going.nonzero().squeeze(1)
+            given = logps_of(logits, chosen, sampling.temperature).tolist() if sampling.is_whole else None
+            going = answers.append(alive.tolist(), [chosen.tolist()], [given])
+            if not going:
+                return
+            if len(going) < len(alive):
+                kept = torch.tensor(going, device=device)
                 cache.batch_select_indices(kept)
                 alive, chosen, mask = alive[kept], chosen[kept], mask[kept]
             mask = torch.cat([mask, mask.new_ones(len(alive), 1)], dim=1)
             logits = self._step(chosen, cache, mask, padded)
-        return answers, logps if sampling.is_whole else [None] * total
 
-    def _choose(self, drawn: Tensor, alive: Tensor, step: int) -> Tensor:
+    def _decode_fixed(self, answers: "Answers", cache: Any, mask: Tensor, logits: Tensor) -> None:
+        """Some tokens between two looks at who has ended; a large batch is made anew when half of it has."""
+        layers = [(layer.keys, layer.values) for layer in cache.layers]
+        alive = torch.arange(len(logits), device=logits.device)
+        batch = fixed.FixedBatch(self.model, layers, mask, logits, alive, step=0)
+        while True:
+            tokens = min(fixed.CHUNK, batch.left, answers.left)
+            batch.uniform[:tokens] = answers.uniform(tokens).to(logits.device)[:, batch.alive]
+            batch.advance(tokens, answers.sampling, self._choose)
+            logps = batch.logps[:tokens].tolist() if answers.sampling.is_whole else [None] * tokens
+            going = answers.append(batch.alive.tolist(), batch.chosen[:tokens].tolist(), logps)
+            if not going:
+                return
+            if (len(batch.alive) > fixed.SMALL and 2 * len(going) <= len(batch.alive)) or not batch.left:
+                batch = batch.selected(torch.tensor(going, device=logits.device))
+
+    def _choose(self, drawn: Tensor, alive: Tensor, step: int | Tensor) -> Tensor:
         """The tokens (B,) that answers ``alive`` (B,) get at ``step``; a subclass may want others than those drawn."""
         return drawn
 
@@ -120,33 +141,43 @@ class TransformersEngine:
         return out.logits[:, -1]
 
 
-def draw(logits: Tensor, sampling: Sampling, uniform: Tensor) -> Tensor:
-    """Token ids (B,) from logits (B, V), by inverting the cumulative distribution at ``uniform`` (B,) in [0, 1)."""
-    if sampling.temperature == 0:
-        return logits.argmax(dim=-1)
-    scaled = logits.float() / sampling.temperature
-    if 0 < sampling.top_k < scaled.shape[-1]:
-        least = scaled.topk(sampling.top_k, dim=-1).values[:, -1:]
-        scaled = scaled.masked_fill(scaled < least, float("-inf"))
-    probs = scaled.softmax(dim=-1)
-    if sampling.top_p < 1:
-        probs = _nucleus(probs, sampling.top_p)
-    cumulative = probs.double().cumsum(dim=-1)
-    # The first token whose cumulative probability exceeds the draw, so never one of probability 0.
-    return torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True).squeeze(1)
+class Answers:
+    """Answers that grow side by side."""
 
+    def __init__(self, count: int, sampling: Sampling, max_new_tokens: int, stop_ids: set[int], seed: int) -> None:
+        self.sampling, self.max_new_tokens = sampling, max_new_tokens
+        self.token_ids: list[list[int]] = [[] for _ in range(count)]
+        self.logps: list[list[float]] = [[] for _ in range(count)]
+        self.left = max_new_tokens
+        """Tokens that an answer may still get."""
+        self._stops = stop_ids
+        self._generator = torch.Generator().manual_seed(seed)
 
-def logps_of(logits: Tensor, chosen: Tensor, temperature: float) -> Tensor:
-    """(B,) log-probabilities of the tokens under the whole distribution that they were drawn from."""
-    scaled = logits.float() / temperature
-    return scaled.gather(1, chosen[:, None]).squeeze(1) - scaled.logsumexp(1)
+    def uniform(self, tokens: int) -> Tensor:
+        """(tokens, count) float64 in [0, 1) for the next tokens.
 
+        Every answer has a number at every token, the ended ones too: nobody's draw depends on the others' ends.
+        """
+        size = len(self.token_ids)
+        drawn = [torch.rand(size, generator=self._generator, dtype=torch.float64) for _ in range(tokens)]
+        return torch.stack(drawn)
 
-def _nucleus(probs: Tensor, top_p: float) -> Tensor:
-    """The most likely tokens that together reach ``top_p``, the first one always among them; the others are 0."""
-    ordered, order = probs.sort(dim=-1, descending=True)
-    outside = ordered.cumsum(dim=-1) - ordered >= top_p
-    return probs.masked_fill(outside.scatter(1, order, outside), 0.0)
+    def append(self, alive: list[int], chosen: list[list[int]], logps: list[list[float] | None]) -> list[int]:
+        """The next tokens of the answers ``alive``, a list for each token; what follows an answer's end is dropped.
+
+        Returns: the places in ``alive`` of the answers that go on.
+        """
+        self.left -= len(chosen)
+        ended = [bool(self.token_ids[answer]) and self.token_ids[answer][-1] in self._stops for answer in alive]
+        for tokens, values in zip(chosen, logps, strict=True):
+            for place, answer in enumerate(alive):
+                if ended[place]:
+                    continue
+                self.token_ids[answer].append(tokens[place])
+                if values is not None:
+                    self.logps[answer].append(values[place])
+                ended[place] = tokens[place] in self._stops
+        return [place for place, done in enumerate(ended) if not done] if self.left else []
 
 
 @contextmanager

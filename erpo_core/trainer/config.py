@@ -73,7 +73,7 @@ class ERPOConfig(GRPOConfig):
         self._refuse()
         wanted, self.loss_type = self.loss_type, "bnpo"
         if self.bf16 is None:
-            self.bf16 = torch.cuda.is_available() and not self.fp16
+            self.bf16 = torch.cuda.is_available() and not self.use_cpu and not self.fp16
         super().__post_init__()
         self.loss_type = wanted
 

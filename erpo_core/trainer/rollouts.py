@@ -39,6 +39,7 @@ class SampledAnswers:
     """Above 0 while dead groups are replaced."""
     _totals: Totals
     _timed: Callable[[str], AbstractContextManager[None]]
+    _autocast_scoring: Callable[[], AbstractContextManager[None]]
 
     def _get_train_sampler(self, dataset=None):
         return EpochSampler(
@@ -81,7 +82,7 @@ class SampledAnswers:
             "top_k": self.args.top_k or 0,
             "max_new_tokens": self.max_completion_length,
         }
-        with self._autocast(self.args.bf16):
+        with self._autocast_scoring():  # the policy that is sampled is the one that is scored
             stop_ids = stop_token_ids(self.processing_class)
             return self._engine().generate(prompts, n=n, stop_ids=stop_ids, seed=seed, **sampling | changes)
 

@@ -1,6 +1,5 @@
 """One training job: from a specification to records."""
 
-import math
 import os
 import time
 from collections.abc import Sequence
@@ -13,7 +12,7 @@ import torch
 
 from erpo_core.data.formats import Problem, problems_digest
 from erpo_core.job import JobInputs, Stop
-from erpo_core.memory import SMALL_MODEL, count_parameters
+from erpo_core.memory import SMALL_MODEL, count_parameters, rows_of_micro_batch
 from erpo_core.models import load_policy, prepare_model
 from erpo_core.records import Progress, Resolved, Result, Sink
 from erpo_core.rewards.functions import reward_functions
@@ -145,8 +144,8 @@ def make_config(spec: GrpoTrainSpec, output_dir: Path, *, bf16: bool) -> ERPOCon
     if isinstance(spec, ErpoTrainSpec):
         values |= {name: getattr(spec, name) for name in ERPO_ONLY}
     share = spec.generation_batch_size // max(1, spec.hardware.num_gpus)
-    # On a GPU one group a micro-batch bounds the memory; on a CPU one micro-batch wastes the least time.
-    size = math.gcd(spec.num_generations, share) if torch.cuda.is_available() else share
+    # On a GPU micro-batches bound the memory; on a CPU one micro-batch wastes the least time.
+    size = rows_of_micro_batch(spec) if torch.cuda.is_available() else share
     return ERPOConfig(
         output_dir=str(output_dir),
         per_device_train_batch_size=size,

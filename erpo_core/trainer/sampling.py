@@ -72,7 +72,7 @@ class TransformersSampler:
         """The engine, at the policy's version."""
         if is_sharded(policy):
             self._snapshot = None  # it holds the weights as they were before they were sharded
-            return GatheredEngine(policy, self._tokenizer)
+            return GatheredEngine(policy, self._tokenizer, fixed_shapes=False)
         if self._snapshot is None:
             return TransformersEngine(policy, self._tokenizer)
         self._snapshot.refresh()

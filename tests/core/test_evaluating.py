@@ -111,6 +111,7 @@ def test_the_numbers_are_those_of_an_evaluation_of_the_checkpoint(tiny, tmp_path
         assert found[step]["eval/chain_sum/acc"] == result["acc"]["value"]
 
 
+@pytest.mark.bitwise
 @pytest.mark.parametrize("algorithm", ["erpo", "grpo"])
 def test_training_is_the_same_to_the_last_bit_with_and_without(tiny, tmp_path, monkeypatch, algorithm):
     """Also with a reward that draws from the global generators, as a user's may."""
@@ -146,6 +147,7 @@ def assert_same_weights(folder: Path) -> None:
         assert all((one[key] == two[key]).all() for key in one)
 
 
+@pytest.mark.bitwise
 def test_a_run_that_is_stopped_has_each_evaluation_once(tiny, tmp_path):
     """At a step that is due: it leaves with its checkpoint, and the next attempt evaluates what that holds."""
     settings = EVALUATED | {"max_steps": 5, "save_steps": 3}

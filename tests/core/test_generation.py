@@ -1,15 +1,19 @@
 """The engine gives what transformers' own generate gives, and fan-out changes nothing but the speed."""
 
+from itertools import chain
+
 import pytest
 
 torch = pytest.importorskip("torch")
 
 from transformers import AutoModelForCausalLM  # noqa: E402
 
+from erpo_core.generation import fixed  # noqa: E402
 from erpo_core.generation.base import Sampling  # noqa: E402
 from erpo_core.generation.cache import RoomyLayer  # noqa: E402
+from erpo_core.generation.drawing import draw  # noqa: E402
 from erpo_core.generation.snapshot import PolicySnapshot, StreamedLinear  # noqa: E402
-from erpo_core.generation.transformers import TransformersEngine, draw  # noqa: E402
+from erpo_core.generation.transformers import TransformersEngine  # noqa: E402
 from erpo_core.models import load_model  # noqa: E402
 from erpo_core.prefill import pad_prompts  # noqa: E402
 from tiny_model import make_tiny_model  # noqa: E402
@@ -37,9 +41,11 @@ def encoded(tokenizer, start=""):
     return [tokenizer(start + text)["input_ids"] for text in PROMPTS]
 
 
+@pytest.mark.parametrize("fixed_shapes", [False, True])
 @pytest.mark.parametrize("start", ["", EXAMPLE])
-def test_greedy_answers_are_those_of_transformers_generate(tiny, engine, start):
+def test_greedy_answers_are_those_of_transformers_generate(tiny, start, fixed_shapes):
     model, tokenizer = tiny
+    engine = TransformersEngine(model, tokenizer, fixed_shapes=fixed_shapes)
     stops = [tokenizer.eos_token_id, 40]
     prompts = encoded(tokenizer, start)
     mine = engine.generate(prompts, n=1, temperature=0, max_new_tokens=90, stop_ids=stops)
@@ -67,6 +73,25 @@ def test_an_answer_does_not_depend_on_when_others_end(tiny, engine):
     assert len({len(sample.token_ids) for sample in stopped}) > 1
     for whole, part in zip(free, stopped, strict=True):
         assert whole.token_ids[: len(part.token_ids)] == part.token_ids
+
+
+@pytest.mark.parametrize("start", ["", EXAMPLE])
+@pytest.mark.parametrize("sampling", [{"temperature": 1.3}, {"temperature": 0.7, "top_p": 0.9}, {"top_k": 5}])
+def test_fixed_shapes_change_nothing_but_the_speed(tiny, engine, sampling, start):
+    model, tokenizer = tiny
+    call = {"n": 4, "max_new_tokens": 600, "stop_ids": [2, 50], "seed": 3, **sampling}
+    growing = engine.generate(encoded(tokenizer, start), **call)
+    batches, make = [], fixed.FixedBatch.__init__
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fixed, "SMALL", 4)
+        patch.setattr(fixed.FixedBatch, "__init__", lambda *a, **k: (batches.append(a), make(*a, **k))[1])
+        found = TransformersEngine(model, tokenizer, fixed_shapes=True).generate(encoded(tokenizer, start), **call)
+    assert len(batches) > 2, "made anew when half has ended, and when its columns are used up"
+    for one, two in zip(chain(*growing), chain(*found), strict=True):
+        assert (one.token_ids, one.finished) == (two.token_ids, two.finished)
+        if one.logps is not None:
+            torch.testing.assert_close(torch.tensor(one.logps), torch.tensor(two.logps), atol=1e-4, rtol=0)
+    assert model.config._attn_implementation != fixed.ATTENTION
 
 
 def test_the_same_seed_gives_the_same_answers_and_another_seed_others(tiny, engine):

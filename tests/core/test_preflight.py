@@ -57,6 +57,7 @@ def draws(completions, **_):
 """
 
 
+@pytest.mark.bitwise
 def test_training_is_the_same_to_the_last_bit_with_and_without(tiny, tmp_path, monkeypatch):
     """Also with a reward that draws from the global generators, as a user's may."""
     register(tmp_path / "site", monkeypatch, DRAWS, draws="own_rewards:draws")

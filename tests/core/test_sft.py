@@ -135,6 +135,7 @@ def test_the_loss_falls_and_the_checkpoint_is_what_was_learnt(tiny, data_root, t
     assert "The answer is" in tokenizer.decode(answer)
 
 
+@pytest.mark.bitwise
 def test_a_stopped_run_goes_on_as_if_it_had_never_stopped(tiny, data_root, tmp_path):
     whole = train(tiny, data_root, tmp_path / "whole")
     part = train(tiny, data_root, tmp_path / "part", stop_after=3)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from erpo_core import packing
 from erpo_core.checkpoints import is_whole
 from erpo_core.codec import decode_trace
 from erpo_core.job import JobInputs, ModelInput
@@ -68,13 +69,15 @@ def rollouts(common: int = 0):
 def gradient(model, batch, share_prompt: bool) -> tuple[torch.Tensor, torch.Tensor]:
     model.zero_grad()
     scores = score_rollouts(model, batch, temperature=0.8, packed=share_prompt)
-    (scores.logps * torch.linspace(-1, 1, len(scores.logps))).sum().backward()
+    (scores.logps * torch.linspace(-1, 1, len(scores.logps), device=scores.logps.device)).sum().backward()
     grads = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
     return scores.logps.detach(), torch.cat(grads)
 
 
+@pytest.mark.parametrize("short", [0, 4096])
 @pytest.mark.parametrize("common", [0, 20])
-def test_a_prompt_computed_once_gives_the_scores_and_the_gradient_of_the_plain_path(policy, common):
+def test_a_prompt_computed_once_gives_the_scores_and_the_gradient_of_the_plain_path(policy, monkeypatch, common, short):
+    monkeypatch.setitem(packing._SHORT_ROW, "cpu", short)
     batch = rollouts(common)
     assert len(batch.row.buckets) == (8 if common else 7)
     shared, shared_gradient = gradient(policy, batch, True)
@@ -298,6 +301,7 @@ def test_the_first_step_of_a_fresh_adapter_has_no_progress_and_is_grpo(tiny, tmp
     assert rows[0] == rows[1]
 
 
+@pytest.mark.bitwise
 def test_a_stopped_run_goes_on_as_if_it_had_never_stopped(tiny, tmp_path):
     whole = train(tiny, tmp_path / "whole")
     stopped = train(tiny, tmp_path / "part", stop_after=2)

@@ -59,6 +59,7 @@ def metrics_of(records) -> list[dict]:
     return [record.values for record in records.by_kind["metrics"]]
 
 
+@pytest.mark.bitwise
 def test_a_run_resumed_in_its_second_epoch_sees_the_same_prompts_and_numbers(tiny, tmp_path):
     settings = {"dataset": SMALL_DATASET, "max_steps": 5, "save_steps": 3, "entropy_stats": "ema"}
     whole = train(tiny, tmp_path / "whole", **settings)

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from erpo_core.memory import ModelSize, count_parameters, model_size, training_memory
+from erpo_core.memory import ModelSize, count_parameters, model_size, rows_of_micro_batch, training_memory
 from erpo_core.specs import parse_spec
 from service.estimate import estimate
 from tiny_model import make_tiny_model
@@ -137,3 +137,17 @@ def test_a_run_takes_the_steps_that_were_estimated(tiny, tmp_path, algorithm):
     spec = train_spec(model=str(tiny), dataset="data:sums.jsonl", algorithm=algorithm, num_train_epochs=2, **sizes)
     inputs = JobInputs("job", "run", 1, tmp_path, tmp_path, ModelInput(str(tiny)), tmp_path, (tiny.parent,))
     assert run(spec, inputs, Nowhere(), StopFlag())["steps"] == estimate(spec, 5)["steps"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "rows"),
+    [
+        ({"generation_batch_size": 32, "max_completion_length": 64}, 32),
+        ({"generation_batch_size": 64, "max_completion_length": 300}, 16),
+        ({"generation_batch_size": 64, "max_completion_length": 1500}, 8),
+        ({"generation_batch_size": 32, "max_completion_length": 64, "hardware": {"num_gpus": 4, "strategy": "ddp"}}, 8),
+        ({"generation_batch_size": 8, "hardware": {"num_gpus": 2, "strategy": "ddp"}}, 4),
+    ],
+)
+def test_short_answers_share_a_micro_batch(changes, rows):
+    assert rows_of_micro_batch(train_spec(num_generations=8, **changes)) == rows
