@@ -182,16 +182,17 @@ def supports_packing(body: Any) -> bool:
 
 def packed_hidden(body: Any, row: PackedRow) -> Tensor:
     """(N, H) hidden states that predict the answers' tokens, answer by answer."""
-    with packed_attention(body.config):
+    with attention(body.config, ATTENTION):
         output = body(input_ids=row.ids, position_ids=row.positions, use_cache=False, packed_row=row)
     return output.last_hidden_state[0].index_select(0, row.sources)
 
 
 @contextmanager
-def packed_attention(config: Any) -> Iterator[None]:
-    """Attention by the packed row. A backward that computes layers again (gradient checkpointing) needs it as well."""
+def attention(config: Any, implementation: str) -> Iterator[None]:
+    """A model of this configuration attends in that way. So must a backward that computes layers again (gradient
+    checkpointing)."""
     before = config._attn_implementation
-    config._attn_implementation = ATTENTION
+    config._attn_implementation = implementation
     try:
         yield
     finally:

@@ -18,7 +18,7 @@ from transformers.cache_utils import DynamicLayer
 from erpo_core.generation.base import Sampling
 from erpo_core.generation.cache import RoomyLayer
 from erpo_core.generation.drawing import draw, logps_of
-from erpo_core.packing import supports_packing
+from erpo_core.packing import attention, supports_packing
 
 ATTENTION = "erpo_fixed"
 CHUNK = 16
@@ -100,7 +100,7 @@ class FixedBatch:
         if sampling.is_whole:
             self.logps.index_copy_(0, self._slot, logps_of(self.logits, chosen, sampling.temperature)[None])
         self._bias.index_fill_(3, self._column, 0.0)
-        with fixed_attention(self._model.config), _uncached_autocast(self.logits.device.type):
+        with attention(self._model.config, ATTENTION), _uncached_autocast(self.logits.device.type):
             out = self._model(
                 input_ids=chosen[:, None],
                 position_ids=self._positions,
@@ -145,17 +145,6 @@ def recorded(run: Callable[[], None]) -> torch.cuda.CUDAGraph:
             graph.capture_end()
     torch.cuda.current_stream().wait_stream(stream)
     return graph
-
-
-@contextmanager
-def fixed_attention(config: Any) -> Iterator[None]:
-    """Attention of one token over all columns, by a bias of its own."""
-    before = config._attn_implementation
-    config._attn_implementation = ATTENTION
-    try:
-        yield
-    finally:
-        config._attn_implementation = before
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from trl import GRPOTrainer
 
 from erpo_core.loss import LossTerms, erpo_loss, importance_ratios
 from erpo_core.models import widen_adapters
-from erpo_core.packing import packed_attention, supports_packing
+from erpo_core.packing import ATTENTION, attention, supports_packing
 from erpo_core.trainer import measures, ranks
 from erpo_core.trainer.batches import MicroBatch, Scored, TraceGroup
 from erpo_core.trainer.config import ERPOConfig
@@ -105,7 +105,7 @@ class ERPOTrainer(ShardedWeights, WholeCheckpoints, SampledAnswers, TokenCredit,
         batch.last_scored = scored
         self._record(batch, scored, terms, advantages)
         if self.args.gradient_checkpointing and supports_packing(body_of(policy)):
-            self._until_backward.enter_context(packed_attention(policy.config))
+            self._until_backward.enter_context(attention(policy.config, ATTENTION))
         # Nothing to differentiate where every group is dead.
         return terms.loss if terms.loss.requires_grad else terms.loss.requires_grad_()
 
