@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -11,6 +12,9 @@ import psutil
 import pytest
 
 from tiny_model import make_tiny_model
+
+# What a shell starts in the background ignores SIGINT, and so would the stacks that these tests interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 class Stack:
