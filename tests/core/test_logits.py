@@ -40,6 +40,20 @@ def test_scores_equal_a_float64_softmax_of_the_same_numbers(temperature, dtype):
     assert scores.ranks.tolist() == ranks.tolist()
 
 
+def test_a_large_vocabulary_loses_nothing():
+    """Tens of thousands of small terms beside a few large ones: what is added in order, in float32, loses them."""
+    generator = torch.Generator().manual_seed(0)
+    hidden, ref_hidden = torch.randn(2, 40, 64, generator=generator)
+    weight = torch.randn(49_152, 64, generator=generator) / 2
+    targets = torch.randint(0, 49_152, (40,), generator=generator)
+    scores = score_tokens(hidden, weight, targets, ref_hidden=ref_hidden)
+    logps, ref_logps = ((states.double() @ weight.double().T).log_softmax(1) for states in (hidden, ref_hidden))
+    entropies = -(logps.exp() * logps).sum(1)
+    assert entropies.mean() > 2
+    torch.testing.assert_close(scores.entropies.double(), entropies, atol=2e-5, rtol=0)
+    torch.testing.assert_close(scores.kls.double(), (logps.exp() * (logps - ref_logps)).sum(1), atol=1e-4, rtol=1e-5)
+
+
 def test_uniform_logits_have_the_entropy_of_the_vocabulary():
     scores = score_tokens(torch.zeros(3, 8), torch.randn(1000, 8), torch.tensor([0, 5, 9]))
     torch.testing.assert_close(scores.entropies, torch.full((3,), math.log(1000)))
