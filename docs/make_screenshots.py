@@ -1,4 +1,4 @@
-"""Write docs/images/run.png, entropy.png and, if one has ended, perturbation.png from a service after a demo.
+"""Write the pictures of docs/images from a service after a demo; perturbation.png and branch.png where one has ended.
 
     python docs/make_screenshots.py http://127.0.0.1:8000
 
@@ -30,7 +30,9 @@ def main() -> None:
     arguments = parser.parse_args()
     with ErpoClient(arguments.url) as client:
         training, analysis = newest(client, "train"), newest(client, "entropy")
-        perturbations = client.jobs.list(kind="perturbation", status="succeeded", limit=1)["data"]
+        perturbations, branches = (
+            client.jobs.list(kind=kind, status="succeeded", limit=1)["data"] for kind in ("perturbation", "branch")
+        )
     IMAGES.mkdir(exist_ok=True)
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=arguments.chromium, args=FLAGS)
@@ -39,6 +41,8 @@ def main() -> None:
         take_entropy(page, f"{arguments.url}/analyze/entropy/{analysis}")
         for job in perturbations:
             take_perturbation(page, f"{arguments.url}/analyze/perturbation/{job['run_id']}")
+        for job in branches:
+            take_branch(page, f"{arguments.url}/analyze/branch/{job['run_id']}")
         browser.close()
 
 
@@ -76,6 +80,13 @@ def take_perturbation(page: Page, address: str) -> None:
     page.goto(address)
     page.locator("#figure svg").wait_for()
     page.screenshot(path=IMAGES / "perturbation.png")
+
+
+def take_branch(page: Page, address: str) -> None:
+    """The alternatives of a token and how often each came to the right answer."""
+    page.goto(address)
+    page.locator("#branches li").first.wait_for()
+    page.screenshot(path=IMAGES / "branch.png")
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ export function armsFigure(result, { ink, ground, rule }) {
     add(svg, "rect", { x: centre - bar / 2, y: y(accuracy.value), width: bar, height: y(0) - y(accuracy.value), fill: COLOURS[arm], opacity: 0.85 });
     if (truncated) add(svg, "rect", { x: centre - bar / 2, y: y(Math.min(1, accuracy.value + truncated)), width: bar, height: y(0) - y(Math.min(1, truncated)), fill: "none", stroke: COLOURS[arm], "stroke-dasharray": "3 3" });
     add(svg, "path", { d: `M${centre} ${y(accuracy.low)}V${y(accuracy.high)}M${centre - 8} ${y(accuracy.low)}h16M${centre - 8} ${y(accuracy.high)}h16`, stroke: ink, "stroke-width": 1.6, fill: "none" });
-    add(svg, "text", { x: centre, y: y(accuracy.high) - 7, fill: ink, "font-size": 13, "font-weight": 600, "text-anchor": "middle" }, `${(100 * accuracy.value).toFixed(1)}%`);
+    add(svg, "text", { x: centre, y: y(Math.max(accuracy.high, Math.min(1, accuracy.value + truncated))) - 7, fill: ink, "font-size": 13, "font-weight": 600, "text-anchor": "middle" }, `${(100 * accuracy.value).toFixed(1)}%`);
     ARMS[arm].forEach((line, row) => add(svg, "text", { x: centre, y: HEIGHT - BOTTOM + 20 + 15 * row, fill: ink, "font-size": 12, "text-anchor": "middle" }, line));
   });
   if (arms.some(([, a]) => a.truncated)) add(svg, "text", { x: LEFT, y: HEIGHT - 8, fill: ink, "font-size": 11 }, "dashed: cut at the length limit, counted as wrong");

@@ -2,7 +2,7 @@
 import { el, number } from "./dom.js";
 
 const NS = "http://www.w3.org/2000/svg";
-const MARGIN = { top: 8, right: 10, bottom: 20, left: 40 };
+const MARGIN = { top: 8, right: 10, bottom: 20, left: 48 };
 
 function svg(tag, attributes, parent) {
   const node = document.createElementNS(NS, tag);
