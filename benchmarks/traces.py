@@ -9,7 +9,8 @@ varentropy, rank):
 
 - blob: how the service stores, through its own tables and queries: columnar blob per sequence, pivots with their index,
   histogram, an event for each sequence. A write is a sequence: encoding, statistics, pivots, one transaction.
-- row: one row per token, key (run, sequence, position), an index on entropy. A write is a sequence in one transaction.
+- row: one row per token, key (run, sequence, position), an index on the entropy of pivots. A write is a sequence:
+  pivots, one transaction.
 
 Texts are left out: both would store them alike. The row arm's run has a name of three letters, the blob arm's has 36.
 Sequences are written by both arms in turn, and read in turn; times are medians, ratios are of neighbours in time. Both
@@ -43,12 +44,12 @@ from service.db.engine import Database
 sys.path.insert(0, str(Path(__file__).parent))
 TABLE = (
     "CREATE TABLE token_rows (run_id TEXT, n INTEGER, position INTEGER, token_id INTEGER, entropy REAL, logp REAL, "
-    "top_prob REAL, varentropy REAL, token_rank INTEGER, PRIMARY KEY (run_id, n, position))"
+    "top_prob REAL, varentropy REAL, token_rank INTEGER, pivot BOOLEAN, PRIMARY KEY (run_id, n, position))"
 )
-INDEX = "CREATE INDEX token_rows_entropy ON token_rows (run_id, entropy)"
-INSERT = "INSERT INTO token_rows VALUES ('run', :n, :p, :t, :h, :l, :o, :v, :k)"
+INDEX = "CREATE INDEX token_rows_pivots ON token_rows (run_id, entropy) WHERE pivot"
+INSERT = "INSERT INTO token_rows VALUES ('run', :n, :p, :t, :h, :l, :o, :v, :k, :pivot)"
 CHANNELS = ("token_ids", "entropy", "logp", "top_prob", "varentropy", "rank")
-READS = {"range of 200 tokens": "read_range", "100 most uncertain": "read_top", "histogram": "read_histogram"}
+READS = {"range of 200 tokens": "read_range", "100 most uncertain pivots": "read_top", "histogram": "read_histogram"}
 RANGE_START, RANGE_TOKENS = 100, 200
 Columns = dict[str, np.ndarray]
 
@@ -176,6 +177,11 @@ def _seconds(call: Callable[..., Any], *arguments: Any) -> float:
     return time.perf_counter() - start
 
 
+def pivots_of(n: int, columns: Columns) -> list[int]:
+    """The default detector's pivots of sequence ``n``."""
+    return find_pivots([columns["entropy"]], DetectorSpec(), seed=n)[0].tolist()
+
+
 class Blob:
     """How the service stores."""
 
@@ -191,8 +197,10 @@ class Blob:
         """One sequence, as its record arrives from a child."""
         entropies = columns["entropy"]
         stats, histogram = sequence_stats(entropies)
-        positions = find_pivots([entropies], DetectorSpec(), seed=n)[0].tolist()
-        pivots = [{"position": p, "entropy": float(entropies[p]), "token": "x", "alternatives": []} for p in positions]
+        pivots = [
+            {"position": p, "entropy": float(entropies[p]), "token": "x", "alternatives": []}
+            for p in pivots_of(n, columns)
+        ]
         meta = {"prompt_id": f"p{n}", "group": n, "sample": 0, "prompt": "", "completion": "", "tokens": []}
         meta |= {"num_tokens": len(entropies), "stats": stats, "histogram": histogram, "group_stats": {}}
         trace = Trace(0, meta | {"pivots": pivots}, encode_trace(columns))
@@ -208,7 +216,7 @@ class Blob:
             return reader.columns(None, RANGE_START, RANGE_START + RANGE_TOKENS)["entropy"]
 
     def read_top(self, _: int) -> list[float]:
-        """The highest entropies of the run."""
+        """The highest entropies among the pivots of the run."""
         with self.database.read() as session:
             return [pivot.entropy for pivot in traces.top_pivots(session, self.claim.run_id, 100)]
 
@@ -234,7 +242,8 @@ class Row:
     def write(self, n: int, columns: Columns) -> None:
         """One sequence."""
         values = zip(*(columns[name].tolist() for name in CHANNELS), strict=True)
-        rows = [dict(zip("npthlovk", (n, p, *row), strict=True)) for p, row in enumerate(values)]
+        pivots = set(pivots_of(n, columns))
+        rows = [dict(zip("npthlovk", (n, p, *row), strict=True), pivot=p in pivots) for p, row in enumerate(values)]
         with self.database.write() as session:
             session.execute(text(INSERT), rows)
 
@@ -245,8 +254,8 @@ class Row:
         return np.array([row.entropy for row in self._ask(query, n=index % self.count)])
 
     def read_top(self, _: int) -> list[float]:
-        """The highest entropies of the run."""
-        rows = self._ask("SELECT * FROM token_rows WHERE run_id = 'run' ORDER BY entropy DESC LIMIT 100")
+        """The highest entropies among the pivots of the run."""
+        rows = self._ask("SELECT * FROM token_rows WHERE run_id = 'run' AND pivot ORDER BY entropy DESC LIMIT 100")
         return [row.entropy for row in rows]
 
     def read_histogram(self, _: int) -> list[int]:
