@@ -108,7 +108,7 @@ def make_sequences(tokens: int, length: int) -> list[Columns]:
     found = []
     for start in range(0, tokens, length):
         size = min(length, tokens - start)
-        entropy = np.exp(rng.normal(np.log(0.01), 5.0, size)).clip(0, 6)
+        entropy = np.minimum(np.exp(rng.normal(np.log(0.01), 5.0, size)), rng.uniform(1, 6, size))
         found.append(
             {
                 "token_ids": (49_152 * rng.power(0.3, size)).astype(np.uint32),

@@ -79,7 +79,6 @@ class AnswerBook:
         return {
             "run_id": self._run_id,
             "acc": acc,
-            "reward": acc,
             "tokens_per_second": self._tokens / seconds,
             "eta_seconds": (self._total - done) * seconds / max(self._fresh, 1),
         }

@@ -200,8 +200,8 @@ def _shifted(head: _Head, hidden_nH, targets_n, buffer_nV, ranks_n) -> tuple[Ten
 def _row_dots(left_nV: Tensor, right_nV: Tensor) -> Tensor:
     """(n,) dot products of the rows, a few rows at a time: their products stay in the cache.
 
-    Sums over the vocabulary are torch's, which adds in a tree. A matrix product adds in order, and in float32 it loses the
-    many small terms of a long row: 4e-4 nats of the entropies of a vocabulary of 49 thousand.
+    Sums over the vocabulary are torch's, which adds in a tree. A matrix product adds in order, and in float32 it loses
+    the many small terms of a long row: 4e-4 nats of the entropies of a vocabulary of 49 thousand.
     """
     rows = len(left_nV) if left_nV.is_cuda else max(1, _CACHED_ELEMENTS // left_nV.shape[1])
     parts = zip(left_nV.split(rows), right_nV.split(rows), strict=True)

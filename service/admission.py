@@ -19,12 +19,16 @@ from erpo_core.specs import BranchSpec, EvaluateSpec
 from erpo_core.specs.common import CheckpointRef, CheckpointsRef, JobOptions
 from erpo_core.specs.entropy import AnswerSource
 from service.auth import Principal
+from service.db import claims
 from service.db import datasets as dataset_rows
 from service.db import jobs as job_rows
 from service.db import runs as run_rows
 from service.db import traces as trace_rows
 from service.db.engine import Database
 from service.settings import Settings
+from service.workerview import is_alive
+
+_ABILITY_NAMES = {"cuda": "a CUDA device", "bitsandbytes": "the extra `bitsandbytes`", "vllm": "vLLM"}
 
 
 @dataclass
@@ -74,7 +78,38 @@ def admit(database: Database, settings: Settings, principal: Principal, spec: An
     if hasattr(spec, "rewards"):
         check_rewards(spec.rewards)
     check_server(getattr(spec, "vllm_server_base_url", None), settings.vllm_servers)
+    _check_workers(database, settings, spec)
     return admitted
+
+
+def _check_workers(database: Database, settings: Settings, spec: Any) -> None:
+    """Where workers live, one of them must have all that the order asks for. Where none lives, it waits for one."""
+    wanted = _abilities(spec)
+    if not wanted:
+        return
+    with database.read() as session:
+        known = [worker.abilities for worker in claims.list_workers(session) if is_alive(worker, settings)]
+    if not known or any(have is None or set(wanted) <= set(have) for have in known):
+        return
+    missing = next((name for name in wanted if all(name not in have for have in known)), next(iter(wanted)))
+    raise SpecError(
+        f"no running worker has {_ABILITY_NAMES[missing]}",
+        pointer=wanted[missing],
+        mend="leave it out, or start a worker that has it; GET /workers lists them",
+        code="no_worker_able",
+    )
+
+
+def _abilities(spec: Any) -> dict[str, str]:
+    """What a worker must have, and the field that asks for it."""
+    found = {}
+    if getattr(spec, "load_in_4bit", False):
+        found |= {"cuda": "/load_in_4bit", "bitsandbytes": "/load_in_4bit"}
+    if getattr(spec, "use_vllm", False) and spec.vllm_mode == "colocate":
+        found["vllm"] = "/use_vllm"
+    if getattr(spec, "engine", None) == "vllm":
+        found["vllm"] = "/engine"
+    return found
 
 
 def _datasets(spec: Any) -> list[tuple[str, str]]:

@@ -19,6 +19,7 @@ def worker_json(worker: Any, current_job_id: str | None, settings: Settings) -> 
         "id": worker.id,
         "host": worker.host,
         "queues": list(worker.queues or ()),
+        "abilities": worker.abilities,
         "is_draining": worker.is_draining,
         "started_at": time_json(worker.started_at),
         "last_seen_at": time_json(worker.last_heartbeat_at),

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from service.db import claims
 from service.db.engine import Database
 from service.settings import Settings
+from workers.abilities import abilities
 from workers.claims import waitable
 from workers.heart import lease_margin
 from workers.processes import boottime
@@ -65,6 +66,7 @@ class Sweeper:
                     host=socket.gethostname(),
                     pid=os.getpid(),
                     queues=list(self._settings.queues),
+                    abilities=abilities(),
                 )
         self._is_registered = True
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from erpo_core.data.worked_examples import ARITHMETIC
@@ -58,9 +59,11 @@ def demo(settings: Settings, *, steps: int = STEPS, port: int | None = None, sta
                 play(client, console, steps=steps)
             is_over = True
             console.print(f"[dim]The demo took {clock(time.monotonic() - started)}.[/]")
-            if keep:
-                console.print("The service goes on. [bold]Ctrl-C[/] stops it.")
-                _wait_for_interrupt()
+            if not keep:
+                console.print("The service ends with the demo: [bold]make up[/] starts it again, with these pages.")
+                return
+            console.print("The service goes on. [bold]Ctrl-C[/] stops it.")
+            _wait_for_interrupt()
     except (JobFailed, ErpoApiError, ErpoError) as error:
         raise SystemExit(f"erpo demo: {error}") from None
     except KeyboardInterrupt:
@@ -154,12 +157,17 @@ def prompt_spec() -> dict[str, Any]:
 def answers_to_analyse(client: ErpoClient, evaluation: str, count: int = 6) -> list[dict[str, str]]:
     """Some of the trained model's answers, one a problem."""
     texts, seen = [], set()
-    for row in client.evaluations.items(evaluation, limit=200)["data"]:
+    for row in answered(client, evaluation):
         if row["prompt_id"] in seen or not row["completion"]:
             continue
         seen.add(row["prompt_id"])
         texts.append({"prompt": question_of(row["prompt"]), "response": row["completion"]})
     return texts[:count]
+
+
+def answered(client: ErpoClient, evaluation: str) -> list[dict[str, Any]]:
+    """Sampled answers of an evaluation with their verdicts."""
+    return client.evaluations.items(evaluation, limit=200)["data"]
 
 
 def question_of(prompt: str) -> str:
@@ -175,7 +183,7 @@ def show(client: ErpoClient, console: Console, runs: DemoRuns) -> None:
     base, trained = (client.evaluations.get(run)["result"] or {} for run in (runs.base, runs.trained))
     console.print(comparison(base, trained))
     console.print(wording(base, trained), end="\n\n")
-    show_answer(client, console, runs.analysis)
+    show_answer(client, console, runs)
     show_addresses(client, console, runs)
 
 
@@ -195,20 +203,29 @@ def show_curves(client: ErpoClient, console: Console, training: str) -> None:
     console.print()
 
 
-def show_answer(client: ErpoClient, console: Console, analysis: str, count: int = 3) -> None:
+def show_answer(client: ErpoClient, console: Console, runs: DemoRuns, count: int = 3) -> None:
     """The analysed answers that hesitate most, coloured by token entropy on one scale."""
-    sequences = client.entropy.sequences(analysis)["data"]
+    sequences = client.entropy.sequences(runs.analysis)["data"]
+    right = {(question_of(row["prompt"]), row["completion"]): row["reward"] for row in answered(client, runs.trained)}
     if not sequences:
         console.print("No answer was analysed.")
         return
     sequences.sort(key=lambda sequence: (sequence.get("stats") or {}).get("h_max") or 0.0, reverse=True)
-    bodies = [client.entropy.tokens(analysis, one["n"], channels=["entropy"]) for one in sequences[:count]]
+    shown = sequences[:count]
+    bodies = [client.entropy.tokens(runs.analysis, one["n"], channels=["entropy"]) for one in shown]
     high = nice_domain([h for body in bodies for h in body["channels"]["entropy"] if h is not None])
-    console.print("[bold]Answers of the trained model, coloured by token entropy[/]")
-    for body in bodies:
+    console.print("[bold]Answers of the trained model that hesitate most, coloured by token entropy[/]")
+    for one, body in zip(shown, bodies, strict=True):
+        question = question_of(one["prompt"])
+        console.print(f"[dim]{escape(question)}[/]  {verdict(right.get((question, one['completion'])))}")
         pivots = [pivot["position"] for pivot in body["pivots"]]
         console.print(token_text(body["tokens"], body["channels"]["entropy"], pivots, high=high), end="\n\n")
     console.print(legend(high), end="\n\n")
+
+
+def verdict(reward: float | None) -> str:
+    """A mark for an answer."""
+    return "" if reward is None else "[green]✓ right[/]" if reward else "[red]✗ wrong[/]"
 
 
 def show_addresses(client: ErpoClient, console: Console, runs: DemoRuns) -> None:

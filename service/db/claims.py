@@ -231,9 +231,12 @@ def unclaimed_jobs(s: Session, older_than: float) -> list[str]:
     return list(s.scalars(query.order_by(Job.priority.desc(), Job.queued_at).limit(_CANDIDATES)))
 
 
-def register_worker(s: Session, worker_id: str, *, host: str, pid: int, queues: list[str]) -> None:
-    """A worker starts."""
-    s.merge(Worker(id=worker_id, host=host, pid=pid, queues=queues, is_draining=False, started_at=now()))
+def register_worker(
+    s: Session, worker_id: str, *, host: str, pid: int, queues: list[str], abilities: list[str] | None = None
+) -> None:
+    """A worker starts. ``abilities``: what its jobs may use (``cuda``, ``vllm``, ...); None where that is not known."""
+    facts = {"host": host, "pid": pid, "queues": queues, "abilities": abilities}
+    s.merge(Worker(id=worker_id, is_draining=False, started_at=now(), **facts))
     s.flush()
     beat_worker(s, worker_id)
 

@@ -164,6 +164,7 @@ class Worker(Base):
     host: Mapped[str] = mapped_column(ShortText(200))
     pid: Mapped[int] = mapped_column(Integer)
     queues: Mapped[list[Any]]
+    abilities: Mapped[list[Any] | None]
     is_draining: Mapped[bool] = mapped_column(Boolean, default=False)
     started_at: Mapped[datetime] = mapped_column(default=now)
     last_heartbeat_at: Mapped[datetime] = mapped_column(default=now)

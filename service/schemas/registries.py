@@ -55,6 +55,7 @@ class Worker(BaseModel):
     id: str
     host: str | None = None
     queues: list[str] = []
+    abilities: list[str] | None = None
     last_seen_at: datetime | None = None
     current_job_id: str | None = None
     is_alive: bool

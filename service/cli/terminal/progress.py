@@ -31,6 +31,8 @@ def facts(data: dict[str, Any]) -> str:
     parts = []
     if data.get("reward") is not None:
         parts.append(f"reward {data['reward']:.2f}")
+    if data.get("acc") is not None:
+        parts.append(f"accuracy so far {data['acc']:.2f}")
     if data.get("entropy") is not None:
         parts.append(f"entropy {data['entropy']:.3f}")
     if data.get("tokens_per_second"):
