@@ -139,6 +139,7 @@ def recorder(folder: Path) -> Iterator[tuple[Any, str]]:
     process.start()
     socket_path, run_id = here.recv()
     yield Channel(socket_path), run_id
+    here.send("gone")
     process.join(_CHANNEL_SECONDS)
 
 
@@ -158,8 +159,8 @@ def record(folder: Path, pipe: Connection) -> None:
     claim = claim_next(database, settings, "benchmark")
     with Recorder(Attempt(database, settings, claim).apply) as running:
         pipe.send((str(running.path), claim.run_id))
-        while not running.drain(_CHANNEL_SECONDS):
-            pass
+        pipe.recv()
+        running.drain(_CHANNEL_SECONDS)
 
 
 def run_plain(options: argparse.Namespace) -> dict[str, float]:
