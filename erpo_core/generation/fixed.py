@@ -5,7 +5,7 @@ The key-value cache holds free columns, which attention is told to leave out; th
 anew, where its columns are used up, or half of its answers have ended and it is large.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -44,11 +44,17 @@ class FixedBatch:
     """B answers that grow by a token at a time, each in its row, all in the same column of the cache."""
 
     def __init__(
-        self, model: Any, layers: list[tuple[Tensor, Tensor]], mask: Tensor, logits: Tensor, alive: Tensor, step: int
+        self,
+        model: Any,
+        layers: Iterable[tuple[Tensor, Tensor]],
+        mask: Tensor,
+        logits: Tensor,
+        alive: Tensor,
+        step: int,
     ) -> None:
         """
         Args:
-            layers: Keys and values (B, heads, P, head size) of each layer.
+            layers: Keys and values (B, heads, P, head size) of each layer, which are copied.
             mask: (B, P), 1 where a column holds a token of the row.
             logits: (B, V) of each row's next token.
             alive: (B,) int64: which answer a row is.
@@ -67,16 +73,16 @@ class FixedBatch:
         self._slot = torch.zeros(1, dtype=torch.long, device=device)
         self._column = torch.tensor([length], device=device)
         self._positions = mask.sum(1, keepdim=True)
-        hidden = torch.where(mask.bool(), 0.0, float("-inf")).to(layers[0][1].dtype)
-        self._bias = pad(hidden, (0, columns - length), value=float("-inf"))[:, None, None]
         self._cache = DynamicCache()
         self._cache.layers = [FixedLayer(*layer, columns, self._column) for layer in layers]
+        hidden = torch.where(mask.bool(), 0.0, float("-inf")).to(self._cache.layers[0].dtype)
+        self._bias = pad(hidden, (0, columns - length), value=float("-inf"))[:, None, None]
         self._graph: torch.cuda.CUDAGraph | None = None
 
     def selected(self, rows: Tensor) -> "FixedBatch":
         """These rows, (B',) int64, with room again."""
         length = int(self._column)
-        layers = [(x.keys[rows, :, :length], x.values[rows, :, :length]) for x in self._cache.layers]
+        layers = ((x.keys[rows, :, :length], x.values[rows, :, :length]) for x in self._cache.layers)
         mask = (self._bias[rows, 0, 0, :length] == 0).long()
         self._graph = None
         return FixedBatch(self._model, layers, mask, self.logits[rows], self.alive[rows], int(self._step))

@@ -110,9 +110,10 @@ class TransformersEngine:
 
     def _decode_fixed(self, answers: "Answers", cache: Any, mask: Tensor, logits: Tensor) -> None:
         """Some tokens between two looks at who has ended; a large batch is made anew when half of it has."""
-        layers = [(layer.keys, layer.values) for layer in cache.layers]
         alive = torch.arange(len(logits), device=logits.device)
+        layers = ((layer.keys, layer.values) for layer in cache.layers)
         batch = fixed.FixedBatch(self.model, layers, mask, logits, alive, step=0)
+        cache.layers.clear()  # what it held has been copied
         while True:
             tokens = min(fixed.CHUNK, batch.left, answers.left)
             batch.uniform[:tokens] = answers.uniform(tokens).to(logits.device)[:, batch.alive]
