@@ -10,8 +10,7 @@ On CUDA a short row is attended to as a whole, behind a mask: there the number o
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -61,19 +60,21 @@ class PackedRow:
     """(L,) int64: the segment of each token, in the order of the row."""
     above: Tensor
     """(segments, segments) bool: whether the second is the first, or lies above it."""
+    _biases: dict[torch.dtype, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def is_short(self, device: torch.device) -> bool:
         """Whether all of it is attended to at once."""
         return self.ids.shape[1] <= _SHORT_ROW.get(device.type, 0)
 
-    @cached_property
-    def bias(self) -> Tensor:
-        """(L, L) float32: 0 where a token (row) sees another (column), minus infinity elsewhere."""
-        length = self.ids.shape[1]
-        sees = self.above[self.segments[:, None], self.segments] & (self.positions <= self.positions.T)
-        width = -(-length // _ALIGNED) * _ALIGNED
-        bias = torch.full((length, width), float("-inf"), device=sees.device)[:, :length]
-        return bias.masked_fill_(sees, 0.0)
+    def bias(self, dtype: torch.dtype) -> Tensor:
+        """(L, L): 0 where a token (row) sees another (column), minus infinity elsewhere. Made once for all layers."""
+        if dtype not in self._biases:
+            length = self.ids.shape[1]
+            sees = self.above[self.segments[:, None], self.segments] & (self.positions <= self.positions.T)
+            width = -(-length // _ALIGNED) * _ALIGNED
+            bias = torch.full((length, width), float("-inf"), dtype=dtype, device=sees.device)[:, :length]
+            self._biases[dtype] = bias.masked_fill_(sees, 0.0)
+        return self._biases[dtype]
 
 
 def pack(prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], device: torch.device | str) -> PackedRow:
@@ -209,8 +210,8 @@ def _attend_whole(query: Tensor, key: Tensor, value: Tensor, row: PackedRow, sca
     # Rotary embeddings may leave float32 under autocast. Kernels that take a mask take no heads that share keys.
     shared = query.shape[1] // key.shape[1]
     key, value = (states.to(value.dtype).repeat_interleave(shared, 1) for states in (key, value))
-    bias = row.bias.to(value.dtype)
-    found = scaled_dot_product_attention(query.to(value.dtype), key, value, attn_mask=bias[None, None], scale=scaling)
+    bias = row.bias(value.dtype)[None, None]
+    found = scaled_dot_product_attention(query.to(value.dtype), key, value, attn_mask=bias, scale=scaling)
     return found.transpose(1, 2)
 
 

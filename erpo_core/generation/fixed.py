@@ -25,8 +25,6 @@ CHUNK = 16
 """Tokens between two looks at which answers have ended."""
 _ROOM = 256
 """Free columns of a new batch."""
-_WARM = 1
-"""Tokens before a recording: kernels are loaded and libraries take their workspace."""
 SMALL = 64
 """Answers: fewer cost no less time, so that such a batch is not made anew when some have ended."""
 
@@ -91,12 +89,13 @@ class FixedBatch:
         """The next ``tokens`` of each row, into ``chosen`` and ``logps`` from their first row on, by ``uniform``."""
         self._slot.zero_()
         self.left -= tokens
-        for number in range(tokens):
+        for _ in range(tokens):
             if self._graph is not None:
                 self._graph.replay()
                 continue
+            # Before a recording: kernels are loaded and libraries take their workspace.
             self._token(sampling, choose)
-            if self.logits.is_cuda and number + 1 >= _WARM:
+            if self.logits.is_cuda:
                 self._graph = recorded(lambda: self._token(sampling, choose))
 
     def _token(self, sampling: Sampling, choose: Choose) -> None:
