@@ -1,21 +1,26 @@
 """Log-probability, entropy and rank of every token from hidden states, with no tokens x vocabulary tensor alive.
 
-The head is applied to a block of tokens at a time, in buffers that all blocks share. Logits are float32 whatever the
+The head is applied to a block of tokens and a tile of the vocabulary at a time, in buffers that all tiles share: small
+enough for a processor's cache, and large enough for products to run at full speed. Logits are float32 whatever the
 model's dtype: rounding them to bfloat16 alone moves entropies by up to 0.2 nats. Entropy uses the max-shifted form
-H = log s - t / s with d = z - max z, s = sum e^d, t = sum d e^d, clamped at 0.
+H = log s - t / s with d = z - max z, s = sum e^d, t = sum d e^d, clamped at 0; from tile to tile the sums move to the
+new maximum (online softmax, arXiv 1805.02867).
 """
 
-# N = tokens, V = vocabulary, H = hidden size, n = tokens of a block
+# N = tokens, V = vocabulary, H = hidden size, n = tokens of a block, v = vocabulary of a tile
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
-BLOCK_ELEMENTS = 2**23
-"""Logits of a block: 32 MiB of float32."""
-_CACHED_ELEMENTS = 2**20
-"""float32 products at a time on a CPU."""
+TILE_ELEMENTS = {"cpu": 2**21, "cuda": 2**23}
+"""Logits alive at once, by kind of device: 8 MiB of float32 stay in the cache of a CPU."""
+_LEAST_ROWS = 2048
+"""Tokens of a block, where there are as many: each block reads the head once."""
+_ALTERNATIVES_ELEMENTS = 2**23
 _LEAST_LOGIT = -1e4
 """Below the highest. A logit of minus infinity has probability 0 and contributes nothing: 0 * inf would be NaN."""
 
@@ -48,7 +53,7 @@ def score_tokens(
     details: bool = True,
     ref_hidden: Tensor | None = None,
     ref_weight: Tensor | None = None,
-    block_elements: int = BLOCK_ELEMENTS,
+    tile_elements: int | None = None,
 ) -> TokenScores:
     """Score ``targets`` under softmax((hidden @ weight.T + bias) / temperature).
 
@@ -64,7 +69,7 @@ def score_tokens(
         details: Also ``varentropies`` and ``ranks``.
         ref_hidden: (N, H) of the reference model, for ``ref_logps`` and ``kls``.
         ref_weight: (V, H), the reference's head; ``weight`` where it is the same.
-        block_elements: Logits alive at once, two or three times: more is faster, and more memory.
+        tile_elements: Logits alive at once, two or three times; None: ``TILE_ELEMENTS`` of the device.
 
     Raises:
         ValueError: ``temperature`` is not positive, or ``weight`` requires grad while ``hidden`` does.
@@ -78,62 +83,88 @@ def score_tokens(
     reference = None
     if ref_hidden is not None:
         reference = ref_hidden.detach(), head if ref_weight is None else _Head(ref_weight, bias, temperature)
-    return TokenScores(*_Score.apply(hidden, head, targets, details, reference, needs_grad, block_elements))
+    tile_elements = tile_elements or TILE_ELEMENTS.get(hidden.device.type, TILE_ELEMENTS["cpu"])
+    return TokenScores(*_Score.apply(hidden, head, targets, details, reference, needs_grad, tile_elements))
 
 
 class _Head:
-    """A head in the dtype that its products are computed in."""
+    """A head, and the dtype that its products are computed in: its own on CUDA, else float32."""
 
     def __init__(self, weight_VH: Tensor, bias_V: Tensor | None, temperature: float) -> None:
-        weight_VH = weight_VH.detach()
-        self.weight_VH = weight_VH if weight_VH.is_cuda else weight_VH.float()
-        self.bias_V = bias_V
+        self._weight_VH = weight_VH.detach()
+        self.bias_V = None if bias_V is None else bias_V.float().clamp(min=_LEAST_LOGIT)
         self.temperature = temperature
+        self.size = len(weight_VH)
+        self.dtype = weight_VH.dtype if weight_VH.is_cuda else torch.float32
 
-    def logits(self, hidden_nH: Tensor, out_nV: Tensor | None = None) -> Tensor:
-        """float32 logits over the temperature, (n, V), into ``out_nV`` where it is given."""
-        hidden_nH = hidden_nH.detach().to(self.weight_VH.dtype)
-        if self.weight_VH.dtype == torch.float32:
-            logits_nV = torch.mm(hidden_nH, self.weight_VH.T, out=out_nV)
+    def weight(self, part: slice) -> Tensor:
+        """(v, H) of a tile."""
+        return self._weight_VH[part].to(self.dtype)
+
+    def logits(self, hidden_nH: Tensor, part: slice, out_nv: Tensor | None = None) -> Tensor:
+        """float32 logits over the temperature, (n, v), into ``out_nv`` where it is given and its dtype allows."""
+        hidden_nH, weight_vH = hidden_nH.detach().to(self.dtype), self.weight(part)
+        if self.dtype == torch.float32:
+            logits_nv = torch.mm(hidden_nH, weight_vH.T, out=out_nv)
         else:
-            logits_nV = torch.mm(hidden_nH, self.weight_VH.T, out_dtype=torch.float32)
-        if self.bias_V is not None:
-            logits_nV += self.bias_V
-        return logits_nV.div_(self.temperature) if self.temperature != 1 else logits_nV
+            logits_nv = torch.mm(hidden_nH, weight_vH.T, out_dtype=torch.float32)
+        return self._finished(logits_nv, self.bias_V if self.bias_V is None else self.bias_V[part])
+
+    def chosen(self, hidden_nH: Tensor, targets_n: Tensor) -> Tensor:
+        """The logits of ``targets_n`` alone, (n,) float32."""
+        products_nH = hidden_nH.detach().to(self.dtype).float() * self.rows(targets_n)
+        return self._finished(products_nH.sum(1), self.bias_V if self.bias_V is None else self.bias_V[targets_n])
+
+    def rows(self, targets_n: Tensor) -> Tensor:
+        """W[y], (n, H) float32."""
+        return self._weight_VH[targets_n].float()
+
+    def mix_into(self, sums_nH: Tensor, shares_nv: Tensor, part: slice) -> None:
+        """Add the rows of a tile, each as often as ``shares_nv`` says, to (n, H) float32."""
+        if self.dtype == torch.float32:
+            sums_nH.addmm_(shares_nv, self.weight(part))
+        else:
+            sums_nH += torch.mm(shares_nv.to(self.dtype), self.weight(part), out_dtype=torch.float32)
+
+    def _finished(self, logits: Tensor, bias: Tensor | None) -> Tensor:
+        if bias is not None:
+            logits += bias
+        return logits.div_(self.temperature) if self.temperature != 1 else logits
 
 
 class _Buffers:
-    """float32 space for a block's tokens x vocabulary, one for each name, used by every block again."""
+    """float32 space for a tile, one for each name, used by every tile again."""
 
-    def __init__(self, rows: int, columns: int, device: torch.device) -> None:
-        self._shape, self._device = (rows, columns), device
+    def __init__(self, elements: int, device: torch.device) -> None:
+        self._elements, self._device = elements, device
         self._held: dict[str, Tensor] = {}
 
-    def get(self, name: str, rows: int) -> Tensor:
+    def get(self, name: str, rows: int, columns: int) -> Tensor:
         if name not in self._held:
-            self._held[name] = torch.empty(self._shape, device=self._device)
-        return self._held[name][:rows]
+            self._held[name] = torch.empty(self._elements, device=self._device)
+        return self._held[name][: rows * columns].view(rows, columns)
 
 
 class _Score(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, head, targets, details, reference, needs_grad, block_elements):
-        count, vocabulary = hidden.shape[0], head.weight_VH.shape[0]
-        blocks = _blocks(count, vocabulary, block_elements)
-        buffers = _Buffers(blocks[0].stop if blocks else 0, vocabulary, hidden.device)
+    def forward(ctx, hidden, head, targets, details, reference, needs_grad, tile_elements):
+        count = hidden.shape[0]
+        rows, columns = _tile_shape(count, head.size, tile_elements)
+        buffers = _Buffers(rows * columns, hidden.device)
         outputs = _empty_outputs(count, hidden.device, details, reference is not None)
-        directions = hidden.new_empty(hidden.shape, dtype=torch.float32) if needs_grad else None
-        for part in blocks:
-            ref = None if reference is None else (reference[0][part], reference[1])
-            _score_block(
-                hidden[part],
-                head,
+        directions = hidden.new_zeros(hidden.shape, dtype=torch.float32) if needs_grad else None
+        for part in _parts(count, rows):
+            block = _Block(
+                (head, hidden[part]),
+                None if reference is None else (reference[1], reference[0][part]),
                 targets[part],
-                ref,
                 {name: values[part] for name, values in outputs.items()},
                 None if directions is None else directions[part],
                 buffers,
             )
+            for tile in _parts(head.size, columns):
+                block.add(tile)
+            block.finish()
         if needs_grad:
             ctx.save_for_backward(directions)
         ctx.hidden_dtype = hidden.dtype
@@ -155,57 +186,122 @@ def _empty_outputs(count: int, device: torch.device, details: bool, reference: b
     return {name: torch.zeros(count, dtype=types.get(name, torch.float32), device=device) for name in names}
 
 
-def _blocks(num_tokens: int, vocabulary: int, block_elements: int) -> list[slice]:
-    size = max(1, min(num_tokens, block_elements // vocabulary))
-    return [slice(start, min(start + size, num_tokens)) for start in range(0, num_tokens, size)]
+def _tile_shape(num_tokens: int, vocabulary: int, elements: int) -> tuple[int, int]:
+    """Tokens and vocabulary of a tile, such that all tiles are of about one size."""
+    rows = _even(num_tokens, max(_LEAST_ROWS, elements // vocabulary))
+    return rows, _even(vocabulary, max(1, elements // rows))
 
 
-def _score_block(hidden_nH, head: _Head, targets_n, reference, out: dict[str, Tensor], direction_nH, buffers) -> None:
-    rows = hidden_nH.shape[0]
-    shifted_nV, chosen_n = _shifted(head, hidden_nH, targets_n, buffers.get("policy", rows), out.get("ranks"))
-    exp_nV = torch.exp(shifted_nV, out=buffers.get("exp", rows))
-    total_n = exp_nV.sum(1)
-    log_total_n = total_n.log()
-    first_n = _row_dots(exp_nV, shifted_nV) / total_n
-    torch.sub(chosen_n, log_total_n, out=out["logps"])
-    torch.sub(log_total_n, first_n, out=out["entropies"]).clamp_(min=0)
-    torch.reciprocal(total_n, out=out["top_probs"])
-    if reference is not None:
-        ref_hidden_nH, ref_head = reference
-        ref_nV, ref_chosen_n = _shifted(ref_head, ref_hidden_nH, targets_n, buffers.get("reference", rows), None)
-        # sum p (log p - log q): the log-normalisers once, the shifted logits under p.
-        expected_ref_n = _row_dots(exp_nV, ref_nV) / total_n
-        ref_log_total_n = ref_nV.exp_().sum(1).log_()
-        torch.sub(ref_chosen_n, ref_log_total_n, out=out["ref_logps"])
-        out["kls"].copy_(first_n - log_total_n - expected_ref_n + ref_log_total_n).clamp_(min=0)
-    if direction_nH is not None:
-        mean_nH = torch.mm(exp_nV.to(head.weight_VH.dtype), head.weight_VH).float().div_(total_n[:, None])
-        torch.sub(head.weight_VH[targets_n].float(), mean_nH, out=direction_nH).div_(head.temperature)
-        torch.linalg.vector_norm(direction_nH, dim=1, out=out["leverage_norms"])
-    if "varentropies" in out:
-        second_n = _row_dots(exp_nV, shifted_nV.square_()) / total_n
-        torch.sub(second_n, first_n.square(), out=out["varentropies"]).clamp_(min=0)
+def _even(total: int, most: int) -> int:
+    return max(1, math.ceil(total / math.ceil(max(total, 1) / most)))
 
 
-def _shifted(head: _Head, hidden_nH, targets_n, buffer_nV, ranks_n) -> tuple[Tensor, Tensor]:
-    """z - max z (n, V) in place, and that of the targets (n,); ranks where they are wanted."""
-    logits_nV = head.logits(hidden_nH, buffer_nV)
-    chosen_n1 = logits_nV.gather(1, targets_n[:, None])
-    if ranks_n is not None:
-        ranks_n.copy_((logits_nV > chosen_n1).sum(1))
-    peak_n1 = logits_nV.amax(1, keepdim=True)
-    return logits_nV.sub_(peak_n1).clamp_(min=_LEAST_LOGIT), (chosen_n1 - peak_n1).squeeze(1)
+def _parts(total: int, size: int) -> Iterator[slice]:
+    return (slice(start, min(start + size, total)) for start in range(0, total, size))
 
 
-def _row_dots(left_nV: Tensor, right_nV: Tensor) -> Tensor:
-    """(n,) dot products of the rows, a few rows at a time: their products stay in the cache.
+class _Softmax:
+    """Of one model at n tokens: its highest logit so far, and the sum of exponentials below it."""
 
-    Sums over the vocabulary are torch's, which adds in a tree. A matrix product adds in order, and in float32 it loses
-    the many small terms of a long row: 4e-4 nats of the entropies of a vocabulary of 49 thousand.
+    def __init__(self, head: _Head, hidden_nH: Tensor, targets_n: Tensor) -> None:
+        self.head, self._hidden_nH, self._targets_n = head, hidden_nH, targets_n
+        self.chosen_n = head.chosen(hidden_nH, targets_n)
+        self.peak_n = torch.full_like(self.chosen_n, torch.finfo(torch.float32).min)
+        self.total_n = torch.zeros_like(self.chosen_n)
+
+    def logits(self, tile: slice, out_nv: Tensor) -> Tensor:
+        """(n, v); those of the targets are ``chosen_n`` to the last bit."""
+        logits_nv = self.head.logits(self._hidden_nH, tile, out_nv)
+        places_n = self._targets_n - tile.start
+        inside_n = (places_n >= 0) & (places_n < logits_nv.shape[1])
+        places_n1 = places_n.clamp_(0, logits_nv.shape[1] - 1)[:, None]
+        found_n = logits_nv.gather(1, places_n1).squeeze(1)
+        return logits_nv.scatter_(1, places_n1, torch.where(inside_n, self.chosen_n, found_n)[:, None])
+
+    def shift(self, logits_nv: Tensor) -> Tensor:
+        """Make ``logits_nv`` relative to the highest logit, this tile's included; (n,), how far that moved, <= 0."""
+        peak_n = torch.maximum(self.peak_n, logits_nv.amax(1))
+        moved_n = (self.peak_n - peak_n).clamp_(min=_LEAST_LOGIT)
+        self.peak_n = peak_n
+        self.total_n *= moved_n.exp()
+        logits_nv.sub_(peak_n[:, None])
+        return moved_n
+
+    def logps(self) -> Tensor:
+        return self.chosen_n - self.peak_n - self.total_n.log()
+
+
+class _Block:
+    """A block of tokens whose sums over the vocabulary grow tile by tile.
+
+    Sums are torch's, which adds in a tree: a matrix product adds in order, and in float32 it loses the many small terms
+    of a long row.
     """
-    rows = len(left_nV) if left_nV.is_cuda else max(1, _CACHED_ELEMENTS // left_nV.shape[1])
-    parts = zip(left_nV.split(rows), right_nV.split(rows), strict=True)
-    return torch.cat([(left * right).sum(1) for left, right in parts])
+
+    def __init__(self, policy, reference, targets_n, out: dict[str, Tensor], direction_nH, buffers: _Buffers) -> None:
+        self._policy = _Softmax(*policy, targets_n)
+        self._reference = None if reference is None else _Softmax(*reference, targets_n)
+        self._targets_n, self._out, self._buffers = targets_n, out, buffers
+        self._mean_nH = direction_nH
+        zeros_n = torch.zeros_like(self._policy.total_n)
+        self._first_n, self._second_n, self._cross_n = zeros_n, zeros_n.clone(), zeros_n.clone()
+
+    def add(self, tile: slice) -> None:
+        """Take in a tile of the vocabulary."""
+        policy, shape = self._policy, (len(self._targets_n), tile.stop - tile.start)
+        shifted_nv = policy.logits(tile, self._buffers.get("policy", *shape))
+        if "ranks" in self._out:
+            self._out["ranks"] += (shifted_nv > policy.chosen_n[:, None]).sum(1)
+        self._move(policy.shift(shifted_nv))
+        exp_nv = torch.exp(shifted_nv, out=self._buffers.get("exp", *shape))
+        if self._mean_nH is not None:
+            policy.head.mix_into(self._mean_nH, exp_nv, tile)
+        product_nv = torch.mul(exp_nv, shifted_nv, out=self._buffers.get("product", *shape))
+        self._first_n += product_nv.sum(1)
+        if "varentropies" in self._out:
+            self._second_n += product_nv.mul_(shifted_nv).sum(1)
+        if self._reference is not None:
+            self._add_reference(tile, exp_nv, product_nv)
+        policy.total_n += exp_nv.sum(1)
+
+    def _move(self, moved_n: Tensor) -> None:
+        """The sums so far, relative to a highest logit that moved by ``moved_n``."""
+        factor_n, total_n = moved_n.exp(), self._policy.total_n
+        first_n = factor_n * self._first_n
+        self._second_n = factor_n * self._second_n + moved_n * (2 * first_n + moved_n * total_n)
+        self._first_n = first_n + moved_n * total_n
+        self._cross_n *= factor_n
+        if self._mean_nH is not None:
+            self._mean_nH *= factor_n[:, None]
+
+    def _add_reference(self, tile: slice, exp_nv: Tensor, buffer_nv: Tensor) -> None:
+        reference = self._reference
+        ref_nv = reference.logits(tile, self._buffers.get("reference", *exp_nv.shape))
+        moved_n = reference.shift(ref_nv)
+        # The sum of p (z_ref - highest), whose tiles so far move with the highest logit of the reference.
+        self._cross_n += moved_n * self._policy.total_n
+        self._cross_n += torch.mul(exp_nv, ref_nv, out=buffer_nv).sum(1)
+        reference.total_n += ref_nv.exp_().sum(1)
+
+    def finish(self) -> None:
+        """What the sums say, into the outputs."""
+        out, policy, reference = self._out, self._policy, self._reference
+        log_total_n, mean_first_n = policy.total_n.log(), self._first_n / policy.total_n
+        out["logps"].copy_(policy.logps())
+        torch.sub(log_total_n, mean_first_n, out=out["entropies"]).clamp_(min=0)
+        torch.reciprocal(policy.total_n, out=out["top_probs"])
+        if reference is not None:
+            out["ref_logps"].copy_(reference.logps())
+            # sum p (log p - log q): the log-normalisers once, the shifted logits under p.
+            apart_n = mean_first_n - log_total_n - self._cross_n / policy.total_n + reference.total_n.log()
+            out["kls"].copy_(apart_n).clamp_(min=0)
+        if self._mean_nH is not None:
+            self._mean_nH.div_(-policy.total_n[:, None]).add_(policy.head.rows(self._targets_n))
+            self._mean_nH.div_(policy.head.temperature)
+            torch.linalg.vector_norm(self._mean_nH, dim=1, out=out["leverage_norms"])
+        if "varentropies" in out:
+            second_n = self._second_n / policy.total_n
+            torch.sub(second_n, mean_first_n.square(), out=out["varentropies"]).clamp_(min=0)
 
 
 @torch.no_grad()
@@ -216,8 +312,8 @@ def top_alternatives(
     head = _Head(weight, bias, temperature)
     ids = [hidden.new_zeros((0, k), dtype=torch.int64)]
     logps = [hidden.new_zeros((0, k), dtype=torch.float32)]
-    for part in _blocks(hidden.shape[0], weight.shape[0], BLOCK_ELEMENTS):
-        logits_nV = head.logits(hidden[part])
+    for part in _parts(len(hidden), max(1, _ALTERNATIVES_ELEMENTS // head.size)):
+        logits_nV = head.logits(hidden[part], slice(0, head.size))
         best = logits_nV.topk(k, dim=1)
         ids.append(best.indices)
         logps.append(best.values - logits_nV.logsumexp(1, keepdim=True))

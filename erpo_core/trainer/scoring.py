@@ -15,8 +15,8 @@ from erpo_core.logits import TokenScores, score_tokens
 from erpo_core.packing import PackedRow, pack, packed_hidden, supports_packing
 from erpo_core.trainer.sharding import inside
 
-_BLOCK_ELEMENTS = {"cpu": 2**25, "cuda": 2**27}
-"""Logits alive at once: training has gigabytes of activations beside them."""
+_CUDA_TILE_ELEMENTS = 2**27
+"""Logits alive at once: fewer launches, and training has gigabytes of activations beside them."""
 _TRAINABLE_HEAD_BLOCK = 256
 """Tokens of a block where the head is trained: its logits are computed again in the backward."""
 
@@ -165,7 +165,7 @@ def _score_head(head, hidden_NH: Tensor, targets_N: Tensor, temperature: float, 
         details=False,
         ref_hidden=None if reference is None else reference.hidden,
         ref_weight=None if reference is None else reference.weight,
-        block_elements=_BLOCK_ELEMENTS.get(hidden_NH.device.type, 2**25),
+        tile_elements=_CUDA_TILE_ELEMENTS if hidden_NH.is_cuda else None,
     )
     if not trained or not len(targets_N):
         return scores

@@ -85,12 +85,28 @@ def test_impossible_tokens_contribute_nothing():
     torch.testing.assert_close(scores.logps, expected.logps)
 
 
-def test_the_size_of_a_block_changes_nothing():
+@pytest.mark.parametrize("tile_elements", [1, 37, 500, 37 * 210])
+def test_the_size_of_a_tile_changes_nothing(tile_elements):
     hidden, weight, targets = case()
+    weight[50:100] *= 4  # the highest logit is in the middle, so that the sums move to it
+    ref_hidden = case(seed=1)[0]
+
+    def scores(**more):
+        policy = hidden.clone().requires_grad_()
+        found = score_tokens(policy, weight, targets, ref_hidden=ref_hidden, bias=-weight[:, 0], **more)
+        found.logps.sum().backward()
+        return [*vars(found).values(), policy.grad]
+
+    for whole, parts in zip(scores(), scores(tile_elements=tile_elements), strict=True):
+        torch.testing.assert_close(whole, parts, atol=2e-4, rtol=1e-5)
+
+
+def test_blocks_of_tokens_are_scored_alike():
+    hidden, weight, targets = case(num_tokens=1100)
     whole = score_tokens(hidden, weight, targets)
-    parts = score_tokens(hidden, weight, targets, block_elements=5 * len(weight))
+    parts = score_tokens(hidden, weight, targets, tile_elements=5 * len(weight))
     torch.testing.assert_close(whole.entropies, parts.entropies)
-    torch.testing.assert_close(whole.logps, parts.logps)
+    torch.testing.assert_close(whole.ranks, parts.ranks)
 
 
 @pytest.mark.parametrize("own_head", [False, True])
@@ -106,7 +122,7 @@ def test_the_reference_is_scored_in_the_same_pass(own_head):
         ref_hidden=ref_hidden,
         ref_weight=ref_weight if own_head else None,
         details=False,
-        block_elements=4 * len(weight),
+        tile_elements=4 * len(weight),
     )
     policy, ref = (
         (h.double() @ w.double().T / 0.7).log_softmax(1) for h, w in ((hidden, weight), (ref_hidden, ref_weight))
