@@ -75,6 +75,7 @@ def _sample_all(
 ) -> bool:
     """Sample batch by batch. False if asked to leave in between."""
     left = len(batches)
+    engine.watch = book.watch
     sampled = engine.generate_each(_call(batch, stop_ids, spec) for batch in batches if not stop.requested)
     storing: Future[None] | None = None
     with ThreadPoolExecutor(max_workers=1) as checker:

@@ -1,5 +1,6 @@
 """The answers of an evaluation: checked, stored and counted as they come."""
 
+import threading
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ from erpo_core.rewards.answers import has_answer
 from erpo_core.rewards.verify import Verdict, Verifier
 from erpo_core.specs.evaluate import EvaluateSpec
 
+_TELL_SECONDS = 5.0
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -26,7 +29,7 @@ class Answer:
 
 
 class AnswerBook:
-    """Every row of a run of an evaluation, those of earlier attempts included. One thread adds, others may look.
+    """Every row of a run of an evaluation, those of earlier attempts included. One thread adds, another may watch.
 
     Args:
         before: answers of the job's runs before this one.
@@ -51,7 +54,10 @@ class AnswerBook:
         self._before, self._total = before, total
         self._right = sum(is_right(row, spec) for row in self.rows)
         self._fresh = self._tokens = 0
-        self._started = time.monotonic()
+        self._open_answers = self._open_tokens = 0
+        """Sampled, not added yet."""
+        self._started = self._told = time.monotonic()
+        self._lock = threading.Lock()
 
     def has_all(self, keys: Iterable[tuple[str, int]]) -> bool:
         """Whether earlier attempts have stored all of these (prompt_id, sample)."""
@@ -65,23 +71,36 @@ class AnswerBook:
         """
         fresh = [answer for answer in answers if (answer.problem.id, answer.number) not in self._stored]
         rows = judged(fresh, self._spec, self._tokenizer, self._verifier)
-        self._sink.emit(Completions(0, rows, self._run_id))
-        self.rows += rows
-        self._fresh += len(rows)
-        self._right += sum(row["reward"] == 1.0 for row in rows)
-        self._tokens += sum(row["num_tokens"] for row in rows)
-        done = self._before + len(self.rows)
-        self._sink.emit(Progress("generate", done, self._total, self._speed(done)))
+        with self._lock:
+            self._sink.emit(Completions(0, rows, self._run_id))
+            self.rows += rows
+            self._fresh += len(rows)
+            self._right += sum(row["reward"] == 1.0 for row in rows)
+            self._tokens += sum(row["num_tokens"] for row in rows)
+            self._open_answers = max(0, self._open_answers - len(answers))
+            self._open_tokens = max(0, self._open_tokens - sum(len(answer.sample.token_ids) for answer in answers))
+            self._tell()
 
-    def _speed(self, done: int) -> dict[str, Any]:
-        acc = self._right / max(len(self.rows), 1)
-        seconds = max(time.monotonic() - self._started, 1e-9)
-        return {
+    def watch(self, tokens: int, ended: int) -> None:
+        """An engine's :data:`~erpo_core.generation.base.Watch`: tell how far the answers are that are not added yet."""
+        with self._lock:
+            self._open_tokens += tokens
+            self._open_answers += ended
+            if time.monotonic() - self._told > _TELL_SECONDS:
+                self._tell()
+
+    def _tell(self) -> None:
+        self._told = time.monotonic()
+        done = min(self._before + len(self.rows) + self._open_answers, self._total)
+        sampled = self._fresh + self._open_answers
+        seconds = max(self._told - self._started, 1e-9)
+        told = {
             "run_id": self._run_id,
-            "acc": acc,
-            "tokens_per_second": self._tokens / seconds,
-            "eta_seconds": (self._total - done) * seconds / max(self._fresh, 1),
+            "acc": self._right / len(self.rows) if self.rows else None,
+            "tokens_per_second": (self._tokens + self._open_tokens) / seconds,
+            "eta_seconds": (self._total - done) * seconds / sampled if sampled else None,
         }
+        self._sink.emit(Progress("generate", done, self._total, told))
 
 
 def judged(answers: Sequence[Answer], spec: EvaluateSpec, tokenizer: Any, verifier: Verifier) -> list[dict[str, Any]]:

@@ -1,6 +1,6 @@
 """What an engine is: prompts as token ids in, sampled answers out."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -32,8 +32,14 @@ class Sampling:
         return self.temperature > 0 and self.top_p == 1 and self.top_k == 0
 
 
+Watch = Callable[[int, int], None]
+"""Told now and then while answers grow: how many tokens were sampled, and answers ended, since it was told last."""
+
+
 class Engine(Protocol):
     """Samples answers from one model."""
+
+    watch: Watch | None
 
     def generate(
         self,

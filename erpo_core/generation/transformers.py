@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from erpo_core.generation import fixed
-from erpo_core.generation.base import Sample, Sampling, check_call
+from erpo_core.generation.base import Sample, Sampling, Watch, check_call
 from erpo_core.generation.cache import roomy_cache
 from erpo_core.generation.drawing import draw, logps_of
 from erpo_core.prefill import pad_prompts, prefill
@@ -30,6 +30,7 @@ class TransformersEngine:
         self.model = model
         self.tokenizer = tokenizer
         self.fixed_shapes = fixed_shapes
+        self.watch: Watch | None = None
 
     def generate(
         self,
@@ -81,7 +82,7 @@ class TransformersEngine:
         cache.batch_repeat_interleave(n)
         logits = start.logits[:, -1].repeat_interleave(n, dim=0)
         mask = padded_prompts.mask.repeat_interleave(n, dim=0)
-        answers = Answers(len(prompts) * n, sampling, max_new_tokens, set(stop_ids), seed)
+        answers = Answers(len(prompts) * n, sampling, max_new_tokens, set(stop_ids), seed, self.watch)
         wanted = device.type == "cuda" if self.fixed_shapes is None else self.fixed_shapes
         if wanted and fixed.suits(self.model, cache):
             self._decode_fixed(answers, cache, mask, logits)
@@ -145,13 +146,21 @@ class TransformersEngine:
 class Answers:
     """Answers that grow side by side."""
 
-    def __init__(self, count: int, sampling: Sampling, max_new_tokens: int, stop_ids: set[int], seed: int) -> None:
+    def __init__(
+        self,
+        count: int,
+        sampling: Sampling,
+        max_new_tokens: int,
+        stop_ids: set[int],
+        seed: int,
+        watch: Watch | None = None,
+    ) -> None:
         self.sampling, self.max_new_tokens = sampling, max_new_tokens
         self.token_ids: list[list[int]] = [[] for _ in range(count)]
         self.logps: list[list[float]] = [[] for _ in range(count)]
         self.left = max_new_tokens
         """Tokens that an answer may still get."""
-        self._stops = stop_ids
+        self._stops, self._watch = stop_ids, watch
         self._generator = torch.Generator().manual_seed(seed)
 
     def uniform(self, tokens: int) -> Tensor:
@@ -170,6 +179,7 @@ class Answers:
         """
         self.left -= len(chosen)
         ended = [bool(self.token_ids[answer]) and self.token_ids[answer][-1] in self._stops for answer in alive]
+        open_before, tokens_before = ended.count(False), sum(len(self.token_ids[answer]) for answer in alive)
         for tokens, values in zip(chosen, logps, strict=True):
             for place, answer in enumerate(alive):
                 if ended[place]:
@@ -178,7 +188,11 @@ class Answers:
                 if values is not None:
                     self.logps[answer].append(values[place])
                 ended[place] = tokens[place] in self._stops
-        return [place for place, done in enumerate(ended) if not done] if self.left else []
+        going = [place for place, done in enumerate(ended) if not done] if self.left else []
+        if self._watch is not None:
+            tokens = sum(len(self.token_ids[answer]) for answer in alive) - tokens_before
+            self._watch(tokens, open_before - len(going))
+        return going
 
 
 @contextmanager

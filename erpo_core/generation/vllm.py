@@ -19,7 +19,7 @@ import psutil
 import torch
 
 from erpo_core.errors import RunError
-from erpo_core.generation.base import Sample, Sampling, check_call
+from erpo_core.generation.base import Sample, Sampling, Watch, check_call
 
 _LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 _BLOCK_TOKENS = 128
@@ -68,6 +68,7 @@ class VLLMEngine:
         self._on_cuda = torch.cuda.is_available()
         self._overlaps = self._on_cuda if overlap_calls is None else overlap_calls
         self._logps = logps
+        self.watch: Watch | None = None
         self._max_model_len = max_model_len
         self._adapter: Any = None
         self._versions = 0
@@ -138,6 +139,9 @@ class VLLMEngine:
                     if output.finished:
                         call, index = places.pop(output.request_id)
                         call.outputs[index] = output
+                        if self.watch is not None:
+                            copies = call.n // len(output.outputs)
+                            self.watch(copies * sum(len(answer.token_ids) for answer in output.outputs), call.n)
         finally:
             if places:
                 engine.abort_request(list(places))

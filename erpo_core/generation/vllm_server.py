@@ -15,7 +15,7 @@ from typing import Any
 import httpx
 
 from erpo_core.errors import RunError, UnknownReferenceError
-from erpo_core.generation.base import Sample, Sampling, check_call
+from erpo_core.generation.base import Sample, Sampling, Watch, check_call
 
 _SEED_STRIDE = 1_000_003
 """Between the seeds of two prompts: vLLM adds the number of the answer."""
@@ -59,6 +59,7 @@ class VLLMServer:
     def __init__(self, base_url: str, *, logps: bool = False, timeout: float = 240.0) -> None:
         self.base_url = base_url.rstrip("/")
         self._logps = logps
+        self.watch: Watch | None = None
         key = os.environ.get("VLLM_API_KEY")
         self._client = httpx.Client(
             base_url=self.base_url,
@@ -113,8 +114,13 @@ class VLLMServer:
         }
         seeds = [None if greedy else (seed + index * _SEED_STRIDE) % 2**62 for index in range(len(prompts))]
         bodies = [body | {"prompt": list(prompt), "seed": own} for prompt, own in zip(prompts, seeds, strict=True)]
-        groups = [_samples(answer, frozenset(stop_ids)) for answer in self._threads.map(self._complete, bodies)]
-        return [group * (n // len(group)) for group in groups]
+        groups = []
+        for answer in self._threads.map(self._complete, bodies):
+            group = _samples(answer, frozenset(stop_ids))
+            groups.append(group * (n // len(group)))
+            if self.watch is not None:
+                self.watch(sum(len(sample.token_ids) for sample in groups[-1]), n)
+        return groups
 
     def generate_each(self, calls: Iterable[Mapping[str, Any]]) -> Iterator[list[list[Sample]]]:
         """One call after the other."""

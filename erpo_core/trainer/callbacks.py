@@ -17,6 +17,7 @@ from erpo_core.trainer.traces import trace_records
 
 _IGNORED_METRICS = {"epoch", "total_flos", "train_loss", "train_runtime", "step_time"}
 _SUMMARY_STEPS = 10
+_TELL_SECONDS = 5.0
 
 
 class RecordCallback(TrainerCallback):
@@ -34,11 +35,15 @@ class RecordCallback(TrainerCallback):
         self._started = time.monotonic()
         self._step_started = self._started
         self._first_step = 0
+        self._growing = [0, 0]
+        """Tokens and ended answers of the step at hand."""
+        self._told = self._started
 
     def attach(self, trainer) -> None:
         """Take what the trainer keeps of its steps; only the first process reports."""
         self.trainer = trainer
         trainer.keeps_rollouts = trainer.is_world_process_zero()
+        trainer.watch = self.watch if trainer.keeps_rollouts else None
 
     def summary(self) -> dict[str, float]:
         """The mean of each metric over the last steps, where it was measured."""
@@ -53,6 +58,18 @@ class RecordCallback(TrainerCallback):
     def count_tokens(self, batches: list, logs: dict[str, float]) -> int:
         """Tokens of one step: those that were sampled, by all processes."""
         return round(logs.get("completions/sampled_tokens") or 0)
+
+    def watch(self, tokens: int, ended: int) -> None:
+        """An engine's :data:`~erpo_core.generation.base.Watch`: report, now and then, how far a step's answers are."""
+        self._growing = [self._growing[0] + tokens, self._growing[1] + ended]
+        if time.monotonic() - self._told > _TELL_SECONDS:
+            state = self.trainer.state
+            told = self._progress(state, self.last) if self.last else {}
+            self._tell(state, told | dict(zip(("sampled_tokens", "sampled_answers"), self._growing, strict=True)))
+
+    def _tell(self, state, data: dict[str, Any]) -> None:
+        self._told = time.monotonic()
+        self._sink.emit(Progress("train", state.global_step, state.max_steps, data))
 
     def leave_out(self, seconds: float) -> None:
         """Time that is no part of the step at hand."""
@@ -86,7 +103,8 @@ class RecordCallback(TrainerCallback):
             for record in trace_records(trace, self.trainer, self._origin):
                 self._sink.emit(record)
         self._report_skipped(state)
-        self._sink.emit(Progress("train", state.global_step, state.max_steps, self._progress(state, metrics)))
+        self._growing = [0, 0]
+        self._tell(state, self._progress(state, metrics))
 
     def on_step_end(self, args, state, control, **kwargs):
         # The ranks are asked to leave at different moments, and must leave after the same step.

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from erpo_core.advantages import has_contrast
-from erpo_core.generation.base import Engine, Sample
+from erpo_core.generation.base import Engine, Sample, Watch
 from erpo_core.loss import response_weights
 from erpo_core.prompts import stop_token_ids
 from erpo_core.trainer import measures, ranks
@@ -34,6 +34,8 @@ class SampledAnswers:
     keeps_rollouts: bool
     """Whether somebody empties ``rollout_log`` and ``traces``; otherwise only the last generation is kept."""
     rollout_log: list[MicroBatch]
+    watch: Watch | None = None
+    """Told how far this rank's answers of a step are."""
     _engine_of: Callable[[Any], Engine]
     _resample_round = 0
     """Above 0 while dead groups are replaced."""
@@ -65,16 +67,21 @@ class SampledAnswers:
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, has_tool_images=False):
         groups = prompt_runs(prompt_ids, num_generations)
         with self._timed("generate"):
-            found = self.sample([list(ids) for ids in prompt_ids[::groups]], groups, seed=self._generation_seed())
+            prompts, seed = [list(ids) for ids in prompt_ids[::groups]], self._generation_seed()
+            found = self.sample(prompts, groups, seed=seed, watch=self.watch)
         samples = [sample for group in found for sample in group]
         self._samples = samples
         return [sample.token_ids for sample in samples], None
 
-    def sample(self, prompts: list[list[int]], n: int, *, seed: int, **changes: float) -> list[list[Sample]]:
+    def sample(
+        self, prompts: list[list[int]], n: int, *, seed: int, watch: Watch | None = None, **changes: float
+    ) -> list[list[Sample]]:
         """``n`` answers of the policy as it is to each prompt; nothing of the trainer changes. All ranks must call it.
 
-        ``changes``: how they are sampled, in :meth:`erpo_core.generation.base.Engine.generate`'s names, where that is
-        not as in training.
+        Args:
+            watch: told how far they are.
+            changes: how they are sampled, in :meth:`erpo_core.generation.base.Engine.generate`'s names, where that is
+                not as in training.
         """
         sampling = {
             "temperature": self.temperature,
@@ -84,7 +91,9 @@ class SampledAnswers:
         }
         with self._autocast_scoring():  # the policy that is sampled is the one that is scored
             stop_ids = stop_token_ids(self.processing_class)
-            return self._engine().generate(prompts, n=n, stop_ids=stop_ids, seed=seed, **sampling | changes)
+            engine = self._engine()
+            engine.watch = watch
+            return engine.generate(prompts, n=n, stop_ids=stop_ids, seed=seed, **sampling | changes)
 
     def _engine(self) -> Engine:
         """Samples from the policy as it is now."""

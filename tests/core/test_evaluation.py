@@ -8,7 +8,7 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("math_verify")
 
-from erpo_core import evaluation_again  # noqa: E402
+from erpo_core import evaluation_again, evaluation_answers  # noqa: E402
 from erpo_core.errors import RunError  # noqa: E402
 from erpo_core.evaluation import run_evaluation  # noqa: E402
 from erpo_core.evaluation_summary import summarise  # noqa: E402
@@ -88,6 +88,21 @@ def test_every_answer_is_recorded_once_and_counted(home):
     for name in ("model_digest", "tokenizer_digest", "dataset_digest", "template_digest"):
         assert len(resolved[name]) == 64
     assert resolved["adapter_digest"] is None
+
+
+def test_progress_is_told_while_answers_grow(home, monkeypatch):
+    monkeypatch.setattr(evaluation_answers, "_TELL_SECONDS", -1)
+    memory = Memory()
+    run_evaluation(spec(home), inputs(home), memory, memory)
+    stored = next(index for index, record in enumerate(memory.records) if isinstance(record, Completions))
+    early = [record for record in memory.records[:stored] if isinstance(record, Progress) and record.data]
+    assert 6 in [record.done for record in early]
+    assert {record.data["acc"] for record in early} == {None}
+    assert early[0].data["tokens_per_second"] > 0
+    told = [record.done for record in memory.of(Progress) if record.phase == "generate"]
+    assert told == sorted(told)
+    assert told[-1] == 15
+    assert len(told) > 10
 
 
 @pytest.mark.parametrize("lost", [0, 2])

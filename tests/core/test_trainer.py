@@ -14,6 +14,7 @@ from erpo_core.job import JobInputs, ModelInput
 from erpo_core.loss import erpo_loss, response_weights
 from erpo_core.specs import parse_spec
 from erpo_core.specs.train import ErpoTrainSpec, GrpoTrainSpec
+from erpo_core.trainer import callbacks
 from erpo_core.trainer.config import ERPOConfig
 from erpo_core.trainer.run import ERPO_ONLY, PASSED_THROUGH, make_config, run_training
 from erpo_core.trainer.scoring import pad_rollouts, score_rollouts
@@ -254,6 +255,17 @@ def test_a_run_reports_metrics_completions_traces_and_checkpoints(tiny, tmp_path
         columns = decode_trace(trace.payload)
         assert len(columns["entropy"]) == len(trace.meta["tokens"]) == trace.meta["num_tokens"]
         assert np.abs(columns["advantage"]).max() > 0
+
+
+def test_progress_is_told_while_the_answers_of_a_step_grow(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(callbacks, "_TELL_SECONDS", -1)
+    records = train(tiny, tmp_path, max_steps=2, trace_every=0)
+    told = [record for record in records.by_kind["progress"] if "sampled_answers" in record.data]
+    for done, metrics in enumerate(records.by_kind["metrics"]):
+        of_step = [record.data for record in told if record.done == done]
+        assert [data["sampled_answers"] for data in of_step] == sorted(data["sampled_answers"] for data in of_step)
+        assert of_step[-1]["sampled_answers"] == 8
+        assert of_step[-1]["sampled_tokens"] == metrics.values["completions/sampled_tokens"]
 
 
 def test_numpy_rebuilds_every_signal_from_the_stored_traces(tiny, tmp_path):

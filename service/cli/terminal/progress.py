@@ -35,7 +35,9 @@ def facts(data: dict[str, Any]) -> str:
         parts.append(f"accuracy so far {data['acc']:.2f}")
     if data.get("entropy") is not None:
         parts.append(f"entropy {data['entropy']:.3f}")
-    if data.get("tokens_per_second"):
+    if data.get("sampled_answers") is not None:
+        parts.append(f"{data['sampled_answers']} answers, {data['sampled_tokens']} tokens sampled")
+    elif data.get("tokens_per_second"):
         parts.append(f"{data['tokens_per_second']:.0f} tokens/s")
     if data.get("eta_seconds") is not None:
         parts.append(f"{clock(data['eta_seconds'])} left")

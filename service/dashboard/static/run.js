@@ -60,7 +60,7 @@ function showJob() {
 
 function showProgress() {
   const data = { ...(state.progress?.data || {}), ...state.progress };
-  showJobProgress(state.job, state.progress && data, [["reward", data.reward], ["entropy", data.entropy], ["tokens/s", data.tokens_per_second]]);
+  showJobProgress(state.job, state.progress && data, [["reward", data.reward], ["entropy", data.entropy], ["tokens/s", data.tokens_per_second], ["answers sampled", data.sampled_answers]]);
 }
 
 function showConfig() {

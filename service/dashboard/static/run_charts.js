@@ -10,7 +10,7 @@ const FIRST = [
   [/^eval\/.*\/acc$/, null, "--line-1"], [EVALUATION, null, "--line-4"],
   [/^rewards?\/accuracy/, "Accuracy", "--line-1"], [/^kl$/, "KL to the reference", "--line-3"],
   [/^rewards?\//, null, "--line-1"], [/mean_length$/, "Mean length, tokens", "--line-4"],
-  [/^erpo\//, null, "--line-5"], [/^loss$/, "Loss", "--line-6"],
+  [/^erpo\/frac_dead_groups$/, "Dead groups", "--line-5"], [/^erpo\/progress_snr$/, "Progress, signal to noise", "--line-5"],
 ];
 
 // y_0 = x_0, y_t = alpha x_t + (1 - alpha) y_(t-1)
