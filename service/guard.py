@@ -62,7 +62,8 @@ class GuardMiddleware:
         refusal = self._refusal(scope, request.headers)
         if refusal:
             code, detail = refusal
-            response = problem_response(problem(code, detail, instance=scope["path"], request_id=request_id))
+            body = problem(code, detail, instance=scope["path"], request_id=request_id, errors=_errors(code, detail))
+            response = problem_response(body)
             await response(scope, receive, send_with_headers)
             return
         try:
@@ -112,6 +113,14 @@ class GuardMiddleware:
             return message
 
         return limited
+
+
+def _errors(code: str, detail: str) -> list[dict[str, str]]:
+    """The entry of a header that is wrong."""
+    if code != "unsupported_media_type":
+        return []
+    mend = "send the header Content-Type: application/json (uploads: multipart/form-data)"
+    return [{"pointer": "/header/content-type", "code": code, "message": detail, "mend": mend}]
 
 
 def _host_name(host: str) -> str:

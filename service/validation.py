@@ -78,9 +78,20 @@ def _describe(error: dict[str, Any], body: Any) -> dict[str, str]:
     if kind == "value_error":
         field, message, mend = _split_value_error(message)
         parts += field
+    elif kind == "json_invalid":
+        reason = error.get("ctx", {}).get("error", "it cannot be read")
+        message, mend = f"not JSON: {reason}{_line_of(location, body)}", _TYPE_MENDS["json"]
     else:
         mend = _mend(error, parts, body)
     return {"pointer": json_pointer(parts), "code": kind, "message": message, "mend": mend}
+
+
+def _line_of(location: list[str | int], body: Any) -> str:
+    """Where in the text of the body a JSON reader stopped."""
+    if not (isinstance(body, str) and location and isinstance(location[0], int)):
+        return ""
+    before = body[: location[0]]
+    return f" (line {before.count(chr(10)) + 1}, column {len(before) - before.rfind(chr(10))})"
 
 
 def _place(location: list[str | int], body: Any, kind: str) -> list[str | int]:

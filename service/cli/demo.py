@@ -119,7 +119,7 @@ def training_spec(steps: int) -> dict[str, Any]:
         "model": MODEL,
         "dataset": TRAINING_SET,
         "prompt": prompt_spec(),
-        # docs/algorithm.md tells of the sweep that eta comes from.
+        # docs/algorithm.md tells of the comparison that eta comes from.
         "num_generations": 4,
         "generation_batch_size": 32,
         "synthesis_weight": 0.1,

@@ -2,12 +2,15 @@
 
 import csv
 import io
+from collections.abc import Iterable
+from difflib import get_close_matches
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Path, Query, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 
-from erpo_core.errors import NotFoundError
+from erpo_core.errors import NotFoundError, SpecError
+from erpo_core.metric_names import METRICS, describe
 from service.archive import stream_tar
 from service.auth import Reader
 from service.db import jobs as job_rows
@@ -69,6 +72,7 @@ def read_metrics(
     wanted = [name.strip() for name in names.split(",") if name.strip()] if names else None
     with database.read() as session:
         run = visible_run(session, run_id, principal)
+        _check_names(wanted or [], metric_rows.read_summary(session, run.id))
         status = job_rows.get_job(session, run.job_id).status
         found = metric_rows.read_metrics(
             session,
@@ -84,6 +88,16 @@ def read_metrics(
     if accepts(request, "text/csv"):
         return Response(_csv(series), headers=headers, media_type="text/csv; charset=utf-8")
     return JSONResponse({"run_id": run_id, "status": status, "series": series}, headers=headers)
+
+
+def _check_names(wanted: list[str], stored: Iterable[str]) -> None:
+    """Raises SpecError for a name that no run reports: an empty series would look like one that is still to come."""
+    known = {*stored, *METRICS}
+    for name in wanted:
+        if name not in known and describe(name) is None:
+            close = get_close_matches(name, sorted(known), n=3, cutoff=0.5)
+            mend = f"write {' or '.join(f'`{match}`' for match in close)}" if close else "leave `names` out to see all"
+            raise SpecError(f"no metric is called {name!r}", pointer="/query/names", mend=mend)
 
 
 @router.get("/runs/{run_id}/completions", response_model=Page[Completion], responses=problems(400, 401, 404))

@@ -249,6 +249,18 @@ def test_a_body_that_is_no_order_is_refused(refusing, content, headers, status):
     refused(refusing.post("/jobs/train", content=content, headers=headers), status)
 
 
+def test_broken_json_is_located(refusing):
+    [error] = refused(refusing.post("/jobs/train", content=b'{"model": "m",\n "seed" 1}', headers=JSON), 422)["errors"]
+    assert "line 2, column 9" in error["message"]
+    assert error["mend"] == "send valid JSON"
+
+
+def test_a_wrong_content_type_says_what_to_send(refusing):
+    [error] = refused(refusing.post("/jobs/train", content=b"{}", headers={"Content-Type": "text/csv"}), 415)["errors"]
+    assert error["pointer"] == "/header/content-type"
+    assert "application/json" in error["mend"]
+
+
 def test_a_body_without_a_length_is_cut_off_at_the_limit(refusing):
     refused(refusing.post("/jobs/train", content=iter([b" " * 60_000] * 2), headers=JSON), 413)
 

@@ -86,9 +86,17 @@ def test_metrics_are_columns_of_what_was_stored(api, owned):
     assert (reward["step"], reward["value"]) == (list(REWARDS), list(REWARDS.values()))
     assert (reward["total_points"], reward["downsampled"]) == (200, False)
     assert (body["series"]["kl"]["step"], body["series"]["kl"]["value"]) == ([200], [None])
-    part = api.get(path, params={"names": "reward, nothing", "step_min": 10, "step_max": 12}).json()["series"]
+    part = api.get(path, params={"names": "reward, loss", "step_min": 10, "step_max": 12}).json()["series"]
     assert {name: series["step"] for name, series in part.items()} == {"reward": [10, 11, 12]}
     assert api.get(path, params={"step_min": 12, "step_max": 10}).json()["series"] == {}
+
+
+@pytest.mark.parametrize(("name", "mend"), [("reword", "`reward`"), ("erpo/gates", "`erpo/gate`"), ("?", "leave")])
+def test_a_metric_that_no_run_has_is_refused(api, owned, name, mend):
+    response = api.get(f"/runs/{owned.run_id}/metrics", params={"names": f"reward,{name}"})
+    [error] = response.json()["errors"]
+    assert (response.status_code, error["pointer"]) == (422, "/query/names")
+    assert mend in error["mend"]
 
 
 def test_few_points_keep_every_spike_and_the_last_value(api, owned):
