@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from erpo_core.errors import RunError, UnknownReferenceError
+from erpo_core.hub import undelivered
 from erpo_core.job import JobInputs
 
 KNOWN_MODELS: dict[str, dict[str, Any]] = {
@@ -91,8 +92,9 @@ def _from_hub(base: str, cache_dir: Path) -> Path:
     patterns = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
     try:
         path = snapshot_download(name, revision=revision or None, cache_dir=cache_dir / "hub", allow_patterns=patterns)
-    except Exception as error:  # the hub's client raises a dozen unrelated types
-        raise RunError(f"the hub did not deliver {base!r}: {error}", code="model_unavailable") from error
+    except Exception as error:
+        instead = "put its files into a folder below one of ERPO_MODEL_ROOTS and name that folder"
+        raise undelivered(base, error, code="model_unavailable", instead=instead) from error
     return Path(path)
 
 

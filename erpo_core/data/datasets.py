@@ -21,7 +21,8 @@ from erpo_core.data.benchmarks import BENCHMARKS, known_benchmarks, read_benchma
 from erpo_core.data.formats import BoxReport, Problem, our_names, read_jsonl, to_problem
 from erpo_core.data.levels import check_levels, of_levels
 from erpo_core.data.reasoning_tasks import check_task, load_task
-from erpo_core.errors import DatasetError, RunError, SpecError, UnknownReferenceError
+from erpo_core.errors import DatasetError, SpecError, UnknownReferenceError
+from erpo_core.hub import undelivered
 
 _UPLOAD = re.compile(r"ds_[0-9a-f]{32}")
 _HUB_ID = re.compile(r"(?!.*\.\.)[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w.-]+)?")
@@ -230,8 +231,14 @@ def _known_files(root: Path, at_most: int = 20) -> list[str]:
     return sorted(path.name for path in root.glob("*.jsonl"))[:at_most] if root.is_dir() else []
 
 
-def load_hub(found: Reference, cache_dir: Path | None, boxes: BoxReport) -> list[Problem]:
-    """The problems of a hub data set.
+def load_hub(
+    found: Reference,
+    cache_dir: Path | None,
+    boxes: BoxReport,
+    *,
+    instead: str = "bring its file along, run `erpo data import FILE`, and name `data:FILE`",
+) -> list[Problem]:
+    """The problems of a hub data set. ``instead``: what to do where no hub is in reach.
 
     Raises:
         RunError: ``dataset_unavailable``: the hub does not deliver it.
@@ -244,8 +251,8 @@ def load_hub(found: Reference, cache_dir: Path | None, boxes: BoxReport) -> list
         cache = str(cache_dir / "datasets") if cache_dir else None
         split = found.args.get("split", "train")
         rows = load_dataset(name, found.args.get("config"), split=split, revision=revision or None, cache_dir=cache)
-    except Exception as error:  # the hub's client and the readers raise dozens of unrelated types
-        raise RunError(f"the hub did not deliver {found.name!r}: {error}", code="dataset_unavailable") from error
+    except Exception as error:
+        raise undelivered(found.name, error, code="dataset_unavailable", instead=instead) from error
     problems = []
     for index, raw in enumerate(rows):
         row_id = f"{found.name}/{index}"

@@ -11,7 +11,7 @@ from erpo_core.data.benchmarks import BENCHMARKS, Benchmark, check_rows, known_b
 from erpo_core.data.datasets import load_hub, parse_reference
 from erpo_core.data.formats import BoxReport, Problem, parse_lines
 from erpo_core.data.golds import check_golds
-from erpo_core.errors import DatasetError, RunError, SpecError, UnknownReferenceError
+from erpo_core.errors import DatasetError, SpecError, UnknownReferenceError
 from erpo_core.rewards.verify import Verifier, verifier_version
 
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,99}")
@@ -57,13 +57,8 @@ def fetch_benchmark(name: str, data_root: Path, *, cache_dir: Path | None = None
     benchmark = BENCHMARKS.get(name)
     if benchmark is None:
         raise UnknownReferenceError(f"unknown benchmark {name!r}", mend=f"name one of {known_benchmarks()}")
-    try:
-        problems = load_hub(parse_reference(benchmark.hub), cache_dir, BoxReport())
-    except RunError as error:
-        raise RunError(
-            f"{error.message}\nWithout a network, bring the file along and run `erpo data import FILE --name {name}`",
-            code=error.code,
-        ) from error
+    instead = f"bring its file along and run `erpo data import FILE --name {name}`"
+    problems = load_hub(parse_reference(benchmark.hub), cache_dir, BoxReport(), instead=instead)
     stem = Path(benchmark.file).stem
     rows = [_row(problem, f"{stem}/{index}", benchmark) for index, problem in enumerate(problems)]
     content = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()

@@ -133,7 +133,7 @@ def test_without_the_hub_the_way_by_file_is_named(tmp_path, monkeypatch):
         raise ConnectionError("no route to host")
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    with pytest.raises(RunError, match=r"no route to host.*\n.*erpo data import FILE --name amc23"):
+    with pytest.raises(RunError, match=r"out of reach.*erpo data import FILE --name amc23"):
         fetch_benchmark("amc23", tmp_path)
 
 
