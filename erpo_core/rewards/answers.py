@@ -10,6 +10,14 @@ _THIN_SPACE_IN_NUMBER = re.compile(r"(?<=\d)(?:\\[,!;: ]|\{,\})(?=\d)")
 # Program notation: math-verify reads 4.5e33 as 4.5 times Euler's number times 33, and 3 1/2 as (3 + 1)/2.
 _SCIENTIFIC = re.compile(r"(?<![\w.\\}])([+-]?(?:\d+(?:\.\d*)?|\.\d+))[eE]([+-]?\d{1,4})(?![\w.{])")
 _SIDE_BY_SIDE = re.compile(r"(?<=\d)\s*\\q?quad\s*(?=[+-]?\d)")  # math-verify adds such numbers up
+# Commands that only say how mathematics is set: math-verify does not read them. After a digit they stay: what follows
+# is another number.
+_SETTING = re.compile(
+    r"(?<!\d)(?<!\d\s)\\(?:ensuremath|boldsymbol|bm|underline|emph|(?:display|text|script|scriptscript)style"
+    r"|tiny|scriptsize|footnotesize|small|normalsize|large|Large|LARGE|huge|Huge|color\s*\{\w*\})(?![A-Za-z])\s*"
+)
+_SPACES = "\\~ \t\n"
+_BOLD = re.compile(r"\*\*(.+)\*\*", re.DOTALL)
 _MIXED = re.compile(r"([+-]?\d+)\s+(\d+)/(\d+)")
 _NUMBER = re.compile(r"[+-]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|[+-]?\.\d+")
 _FRACTION = re.compile(r"([+-]?)(?:\\[dt]?frac\{(\d+)\}\{(\d+)\}|(\d+)/(\d+))")
@@ -60,13 +68,16 @@ def has_answer(text: str) -> bool:
 
 
 def normalise(answer: str) -> str:
-    """Without dollar signs, a final stop, and the thin spaces in numbers that math-verify does not read.
+    """Without dollar signs, a final stop, and the thin spaces and commands of setting that math-verify does not read.
 
     ``4.5e33`` becomes ``4.5 \\times 10^{33}``, ``3 1/2`` becomes ``3\\frac{1}{2}``.
     """
     answer = answer.strip().removeprefix("\\$").strip("$").strip()
+    if bold := _BOLD.fullmatch(answer):
+        answer = bold[1].strip()
+    answer = _SETTING.sub("", answer).lstrip("~ ").rstrip(_SPACES)
     if answer.endswith(".") and not answer.endswith(".."):
-        answer = answer[:-1].rstrip()
+        answer = answer[:-1].rstrip(_SPACES)
     if mixed := _MIXED.fullmatch(answer):
         return f"{mixed[1]}\\frac{{{mixed[2]}}}{{{mixed[3]}}}"
     answer = _SIDE_BY_SIDE.sub(", ", _THIN_SPACE_IN_NUMBER.sub("", answer))

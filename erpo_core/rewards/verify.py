@@ -18,15 +18,16 @@ from erpo_core.errors import RunError
 from erpo_core.rewards.answers import extract_boxed, normalise, plain_number, same_number
 
 MAX_ANSWER_CHARS = 2000
-RULES_VERSION = 2
-"""Counts changes of what is equal beyond math-verify's own, see docs/answers.md; 1 read boxes as plain text too."""
+RULES_VERSION = 3
+"""Counts changes of what is equal beyond math-verify's own, see docs/answers.md: 1 read boxes as plain text
+too, 2 did not read commands of setting."""
 _START_SECONDS = 120.0
 _CACHE_SIZE = 100_000
 _SOURCE_ROOT = str(Path(__file__).resolve().parents[2])
 
 
 def verifier_version() -> str | None:
-    """math-verify's version and that of our rules, ``0.9.0+2``: part of an evaluation's identity. None without it."""
+    """math-verify's version and that of our rules, ``0.9.0+3``: part of an evaluation's identity. None without it."""
     try:
         return f"{version('math-verify')}+{RULES_VERSION}"
     except PackageNotFoundError:

@@ -36,7 +36,7 @@ def evaluate(database, rights) -> list[str]:
         spec = EvaluateSpec.model_validate(run_of(database, run_id).spec)
         rows = [answer(0, sample, right) for sample in range(2)]
         resolved = {"model_digest": "base", "adapter_digest": run_id, "dataset_digest": "d", "template_digest": "t"}
-        resolved["identity"] = evaluation_identity(spec, resolved, "0.9.0+2")
+        resolved["identity"] = evaluation_identity(spec, resolved, "0.9.0+3")
         store(database, owned, Progress("generate", 1, 2), Resolved(resolved, run_id), Completions(0, rows, run_id))
         store(database, owned, Result(summarise(rows, spec), run_id))
     finish(database, owned, "succeeded")
@@ -76,7 +76,7 @@ def test_one_that_is_done_can_be_compared_while_the_job_goes_on(api, database, t
     first, second = job_of(database, job.job_id).run_ids
     rows = [answer(0, sample, 1) for sample in range(2)]
     spec = EvaluateSpec.model_validate(run_of(database, first).spec)
-    identity = evaluation_identity(spec, {"dataset_digest": "d"}, "0.9.0+2")
+    identity = evaluation_identity(spec, {"dataset_digest": "d"}, "0.9.0+3")
     store(database, job, Resolved({"identity": identity}, first), Completions(0, rows, first))
     store(database, job, Result(summarise(rows, spec), first))
     assert api.get("/evaluations/report", params={"evaluation": first}).status_code == 200

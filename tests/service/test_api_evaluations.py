@@ -24,7 +24,7 @@ def evaluated(database, right, *, owner=None, model="base", dataset="data:sums.j
     owned = claim(database)
     rows = [answer(group, sample, count) for group, count in enumerate(right) for sample in range(n)]
     resolved = {"model_digest": model, "dataset_digest": f"{dataset}:{len(right)}", "template_digest": "t"}
-    identity = evaluation_identity(spec, resolved, "0.9.0+2")
+    identity = evaluation_identity(spec, resolved, "0.9.0+3")
     store(database, owned, Progress("load", 0, 1), Resolved(resolved | {"identity": identity}), Completions(0, rows))
     if ended:
         store(database, owned, Result(json.loads(json.dumps(summarise(rows, spec)))))
