@@ -1,6 +1,6 @@
 """Our evaluation through vLLM against a plain ``vllm.LLM.chat`` loop with math-verify in one thread.
 
-    python benchmarks/evaluate.py --problems 96 --num-samples 4 --max-tokens 256 --pairs 3 [--lm-eval PYTHON]
+    python benchmarks/evaluate.py --problems 40 --num-samples 4 --max-tokens 256 --pairs 3 [--lm-eval PYTHON]
 
 All arms get the same model, prompts, sampling and engine settings, each run in a process of its own, in alternating
 order; every clock starts at a loaded engine that has answered one problem.
@@ -10,9 +10,10 @@ order; every clock starts at a loaded engine that has answered one problem.
     plain    to the last answer of ``LLM.chat`` (the bare engine), and on to the last verdict (the loop)
     lm_eval  lm-evaluation-harness with its vLLM backend, to its table; PYTHON is an interpreter that has both
 
-Compared are the tokens of answers per second, because sampled answers differ in length from run to run: ours over
-the bare engine, over the loop, and over the harness. An evaluation that drains its engine between batches shows that
-only where there are more answers than one batch holds (128 on the CPU, 2048 on CUDA): keep problems x samples above.
+Compared are the tokens of answers per second: ours over the bare engine, over the loop, and over the harness. Every
+answer of ours and of the loop runs to --max-tokens, no token ends it: sampled ends differ from run to run by more than
+the arms do. With --natural-ends they end where they end; then an evaluation that drains its engine between batches (on
+the CPU) pays for that, where there are more answers than one batch holds (128 on the CPU, 2048 on CUDA).
 """
 
 import argparse
@@ -122,6 +123,8 @@ def run_ours(options: argparse.Namespace) -> dict[str, float]:
         inputs = JobInputs("job", run_id, 1, Path(folder), options.cache, ModelInput(options.model))
         # Both evaluations get the same engine, so that the second finds it as warm as the plain loop finds its own.
         evaluation_model.open_vllm = lambda *_, **__: nullcontext(opened)
+        if not options.natural_ends:
+            evaluation_model.stop_token_ids = lambda _: []
         nowhere = Nowhere()
         run_evaluation(make_spec(options, limit=1), inputs, nowhere, nowhere)
         sink = Stored(channel)
@@ -178,7 +181,8 @@ def run_plain(options: argparse.Namespace) -> dict[str, float]:
         n=options.num_samples,
         temperature=1.0,
         max_tokens=options.max_tokens,
-        stop_token_ids=stop_token_ids(tokenizer),
+        stop_token_ids=stop_token_ids(tokenizer) if options.natural_ends else [],
+        ignore_eos=not options.natural_ends,
     )
     llm.chat(chats[:1], params, use_tqdm=False)
     start = time.perf_counter()
@@ -286,10 +290,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--dataset", default="reasoning-gym:chain_sum?min_terms=2&max_terms=2&size=512")
-    parser.add_argument("--problems", type=int, default=96)
+    parser.add_argument("--problems", type=int, default=40)
     parser.add_argument("--num-samples", type=int, default=4)
     parser.add_argument("--max-tokens", type=int, default=256)
     parser.add_argument("--pairs", type=int, default=3, help="runs of each arm")
+    parser.add_argument("--natural-ends", action="store_true", help="answers end with their stop tokens")
     parser.add_argument("--lm-eval", metavar="PYTHON", help="an interpreter with lm-eval beside vLLM")
     parser.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()) / "erpo-benchmarks")
     parser.add_argument("--arm", choices=ARMS, help=argparse.SUPPRESS)
