@@ -40,13 +40,14 @@ def test_scores_equal_a_float64_softmax_of_the_same_numbers(temperature, dtype):
     assert scores.ranks.tolist() == ranks.tolist()
 
 
-def test_a_large_vocabulary_loses_nothing():
+@pytest.mark.parametrize("tile_elements", [None, 40 * 512])
+def test_a_large_vocabulary_loses_nothing(tile_elements):
     """Tens of thousands of small terms beside a few large ones: what is added in order, in float32, loses them."""
     generator = torch.Generator().manual_seed(0)
     hidden, ref_hidden = torch.randn(2, 40, 64, generator=generator)
     weight = torch.randn(49_152, 64, generator=generator) / 2
     targets = torch.randint(0, 49_152, (40,), generator=generator)
-    scores = score_tokens(hidden, weight, targets, ref_hidden=ref_hidden)
+    scores = score_tokens(hidden, weight, targets, ref_hidden=ref_hidden, tile_elements=tile_elements)
     logps, ref_logps = ((states.double() @ weight.double().T).log_softmax(1) for states in (hidden, ref_hidden))
     entropies = -(logps.exp() * logps).sum(1)
     assert entropies.mean() > 2

@@ -11,18 +11,15 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from test_vllm_engine import QUESTIONS, ids, score
-from test_vllm_training import Sink
+from test_vllm_training import trained
 
 from erpo_core.errors import RunError
 from erpo_core.generation.transformers import TransformersEngine
 from erpo_core.generation.vllm_server import VLLMServer
-from erpo_core.job import JobInputs, ModelInput
 from erpo_core.models import load_model, load_policy
 from erpo_core.prompts import stop_token_ids
 from erpo_core.records import Metrics
 from erpo_core.rewards.functions import Regex
-from erpo_core.specs import parse_spec
-from erpo_core.trainer.run import run_training
 
 pytestmark = pytest.mark.timeout(900)
 SETTINGS = ["--dtype", "float32", "--max-model-len", "400", "--max-num-seqs", "8", "--enforce-eager"]
@@ -152,18 +149,7 @@ def train(url, smollm2, tmp_path):
             "vllm_mode": "server",
             "vllm_server_base_url": url,
         }
-        inputs = JobInputs(
-            job_id="job_1",
-            run_id="run_1",
-            attempt=1,
-            work_dir=tmp_path / "work",
-            cache_dir=tmp_path / "cache",
-            model=ModelInput(str(smollm2)),
-            model_roots=(smollm2.parent,),
-        )
-        sink = Sink()
-        run_training(parse_spec("train", body | changes), inputs, sink, sink)
-        return sink.records
+        return trained(smollm2, tmp_path, body | changes)
 
     return train
 

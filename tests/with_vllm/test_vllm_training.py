@@ -55,14 +55,19 @@ def run(tiny: Path, folder: Path, **more) -> list:
         "use_vllm": True,
         **more,
     }
+    return trained(tiny, folder, body)
+
+
+def trained(model: Path, folder: Path, body: dict) -> list:
+    """The records of a training of ``model``."""
     inputs = JobInputs(
         job_id="job_1",
         run_id="run_1",
         attempt=1,
         work_dir=folder / "work",
         cache_dir=folder / "cache",
-        model=ModelInput(str(tiny)),
-        model_roots=(tiny.parent,),
+        model=ModelInput(str(model)),
+        model_roots=(model.parent,),
     )
     sink = Sink()
     run_training(parse_spec("train", body), inputs, sink, sink)
