@@ -70,6 +70,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=3, help="runs of a process, after the first")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--threads", type=int, default=0, help="0: torch's own choice")
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--full", action="store_true", help="both shapes, 2,048 tokens, 5 rounds")
     parser.add_argument("--write", action="store_true", help="into RESULTS.md")
     parser.add_argument("--arm", choices=ARMS, help=argparse.SUPPRESS)
@@ -84,13 +85,13 @@ def read_all(shape: str, arguments: argparse.Namespace) -> tuple[list[dict[str, 
     """Readings of each round by arm, and the peak of each arm in MiB."""
     shuffle, rounds = random.Random(1), []
     for _ in range(arguments.rounds):
-        found = {arm: _apart(arm, shape, arguments) for arm in shuffle.sample(ARMS, len(ARMS))}
+        found = {arm: _apart(arm, shape, arguments) for arm in shuffle.sample(arguments.arms, len(arguments.arms))}
         entropies = {arm: one["mean_entropy"] for arm, one in found.items() if one["mean_entropy"] is not None}
         apart = max(entropies.values()) - min(entropies.values())
         if apart > _SAME_ENTROPY and arguments.dtype == "float32":
             raise SystemExit(f"the arms do not compute the same: {entropies}")
         rounds.append(found)
-    return rounds, {arm: _apart(arm, shape, arguments, "--peak")["peak_mib"] for arm in ARMS}
+    return rounds, {arm: _apart(arm, shape, arguments, "--peak")["peak_mib"] for arm in arguments.arms}
 
 
 def _apart(arm: str, shape: str, arguments: argparse.Namespace, *more: str) -> dict:
@@ -119,26 +120,22 @@ def report(shape: str, arguments: argparse.Namespace, rounds: list[dict[str, dic
         "| arm | s | tokens/s | head alone, s | peak above the model, MiB |",
         "|---|---|---|---|---|",
     ]
-    for arm in ARMS:
+    for arm in arguments.arms:
         whole = results.median([found[arm]["seconds"] for found in rounds])
         heads = [found[arm]["head_seconds"] for found in rounds if found[arm]["head_seconds"] is not None]
         head = f"{results.median(heads):.4f}" if heads else ""
         lines.append(f"| {arm} | {whole:.4f} | {tokens / whole:.0f} | {head} | {peaks[arm]:.0f} |")
-    logits_mib = tokens * vocabulary * 4 / 2**20
-    lines += [
-        "",
-        f"- time, ours / (body + one product with the head): {paired('ours', 'body+gemm')} (target 1.1); "
-        f"the heads alone {paired('ours', 'body+gemm', 'head_seconds')}",
-        f"- time, log_softmax / ours: {paired('log_softmax', 'ours')}; trl / ours: {paired('trl', 'ours')}",
-        f"- memory, ours / log_softmax: {peaks['ours'] / peaks['log_softmax']:.3f} (target 0.1); the body's share is "
-        f"{peaks['body']:.0f} MiB; logits alone, held once, would be {logits_mib:.0f} MiB",
-        f"- memory, ours / trl: {peaks['ours'] / peaks['trl']:.2f}",
-    ]
-    if arguments.dtype != "float32":
-        apart = {
-            arm: rounds[0][arm]["mean_entropy"] - rounds[0]["ours"]["mean_entropy"] for arm in ("log_softmax", "trl")
-        }
-        lines.append("- mean entropy less ours, nats: " + ", ".join(f"{arm} {gap:+.4f}" for arm, gap in apart.items()))
+    lines.append("")
+    if {"ours", "body+gemm"} <= set(arguments.arms):
+        heads = paired("ours", "body+gemm", "head_seconds")
+        lines.append(
+            f"- time, ours / (body + one product): {paired('ours', 'body+gemm')} (target 1.1); heads alone {heads}"
+        )
+    for other, target in (("log_softmax", " (target 0.1)"), ("trl", "")):
+        if {"ours", other} <= set(arguments.arms):
+            memory = f"memory, ours / {other}: {peaks['ours'] / peaks[other]:.3f}{target}"
+            apart = rounds[0][other]["mean_entropy"] - rounds[0]["ours"]["mean_entropy"]
+            lines.append(f"- time, {other} / ours: {paired(other, 'ours')}; {memory}; mean entropy {apart:+.4f} nats")
     return "\n".join(lines)
 
 
