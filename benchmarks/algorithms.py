@@ -19,20 +19,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import TypeAdapter
 
-from erpo_core.data.worked_examples import ARITHMETIC
 from erpo_core.evaluation import run_evaluation
 from erpo_core.job import JobInputs, ModelInput
 from erpo_core.records import Checkpoint, Completions
-from erpo_core.specs.evaluate import EvaluateSpec
-from erpo_core.specs.train import TrainSpec
+from erpo_core.specs import parse_spec
 from erpo_core.trainer.run import run_training
+from service.cli.demo import MAX_COMPLETION_LENGTH, MODEL, TASK, evaluation_spec, training_spec
 
-MODEL = "smollm2-135m"
-TASK = "reasoning-gym:chain_sum?min_terms=2&max_terms=2&min_digits=1&max_digits=2"
-PROMPT = {"worked_examples": [example.model_dump() for example in ARITHMETIC]}
-MAX_COMPLETION_LENGTH = 32
 DECODINGS = {"sampled": (1.0, 4), "greedy": (0.0, 1)}
 """Temperature and answers a problem."""
 _T_975 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365}
@@ -102,27 +96,19 @@ def read_run(arm: str, seed: int, options: argparse.Namespace) -> dict[str, Any]
 def train(arm: str, seed: int, steps: int, inputs: JobInputs) -> Path:
     """The folder of the last checkpoint."""
     algorithm, _, eta = arm.partition(":")
-    body = {
+    body = training_spec(steps) | {
         "algorithm": algorithm,
-        "model": MODEL,
         "dataset": f"{TASK}&size=4000&seed={seed + 1}",
-        "prompt": PROMPT,
         "num_generations": 8,
         "generation_batch_size": 64,
-        "max_completion_length": MAX_COMPLETION_LENGTH,
-        "max_steps": steps,
-        "learning_rate": 2e-4,
-        "lr_scheduler_type": "constant",
-        "warmup_steps": 0,
-        "beta": 0.0,
         "bf16": False,
         "preflight": False,
         "trace_every": steps + 1,
-        "save_steps": steps,
         "seed": seed,
     }
+    del body["synthesis_weight"]  # ERPO's own
     sink = Kept()
-    spec = TypeAdapter(TrainSpec).validate_python(body | ({"synthesis_weight": float(eta)} if eta else {}))
+    spec = parse_spec("train", body | ({"synthesis_weight": float(eta)} if eta else {}))
     run_training(spec, inputs, sink, sink)
     return Path(sink.checkpoint)
 
@@ -131,10 +117,8 @@ def evaluate(
     model: ModelInput, temperature: float, num_samples: int, problems: int, inputs: JobInputs
 ) -> list[dict[str, Any]]:
     """Rows of the answers to the held-out problems, which are the same for every model."""
-    body = {
-        "model": MODEL,
+    body = evaluation_spec(MODEL, "held out") | {
         "dataset": f"{TASK}&size={problems}&seed=20260101",
-        "prompt": PROMPT,
         "sampling": {"temperature": temperature, "max_completion_length": MAX_COMPLETION_LENGTH, "seed": 7},
         "num_samples": num_samples,
         "pass_at": [1],
@@ -143,7 +127,7 @@ def evaluate(
     }
     sink = Kept()
     run_evaluation(
-        EvaluateSpec.model_validate(body),
+        parse_spec("evaluate", body),
         JobInputs("job", "run", 1, inputs.work_dir, inputs.cache_dir, model),
         sink,
         sink,
