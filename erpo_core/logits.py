@@ -110,12 +110,12 @@ class _Head:
             logits_nv = torch.mm(hidden_nH, weight_vH.T, out=out_nv)
         else:
             logits_nv = torch.mm(hidden_nH, weight_vH.T, out_dtype=torch.float32)
-        return self._finished(logits_nv, self.bias_V if self.bias_V is None else self.bias_V[part])
+        return self._finished(logits_nv, part)
 
     def chosen(self, hidden_nH: Tensor, targets_n: Tensor) -> Tensor:
         """The logits of ``targets_n`` alone, (n,) float32."""
         products_nH = hidden_nH.detach().to(self.dtype).float() * self.rows(targets_n)
-        return self._finished(products_nH.sum(1), self.bias_V if self.bias_V is None else self.bias_V[targets_n])
+        return self._finished(products_nH.sum(1), targets_n)
 
     def rows(self, targets_n: Tensor) -> Tensor:
         """W[y], (n, H) float32."""
@@ -128,9 +128,9 @@ class _Head:
         else:
             sums_nH += torch.mm(shares_nv.to(self.dtype), self.weight(part), out_dtype=torch.float32)
 
-    def _finished(self, logits: Tensor, bias: Tensor | None) -> Tensor:
-        if bias is not None:
-            logits += bias
+    def _finished(self, logits: Tensor, words: slice | Tensor) -> Tensor:
+        if self.bias_V is not None:
+            logits += self.bias_V[words]
         return logits.div_(self.temperature) if self.temperature != 1 else logits
 
 

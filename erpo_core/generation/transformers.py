@@ -179,19 +179,19 @@ class Answers:
         """
         self.left -= len(chosen)
         ended = [bool(self.token_ids[answer]) and self.token_ids[answer][-1] in self._stops for answer in alive]
-        open_before, tokens_before = ended.count(False), sum(len(self.token_ids[answer]) for answer in alive)
+        open_before, added = ended.count(False), 0
         for tokens, values in zip(chosen, logps, strict=True):
             for place, answer in enumerate(alive):
                 if ended[place]:
                     continue
                 self.token_ids[answer].append(tokens[place])
+                added += 1
                 if values is not None:
                     self.logps[answer].append(values[place])
                 ended[place] = tokens[place] in self._stops
         going = [place for place, done in enumerate(ended) if not done] if self.left else []
         if self._watch is not None:
-            tokens = sum(len(self.token_ids[answer]) for answer in alive) - tokens_before
-            self._watch(tokens, open_before - len(going))
+            self._watch(added, open_before - len(going))
         return going
 
 

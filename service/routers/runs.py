@@ -72,7 +72,8 @@ def read_metrics(
     wanted = [name.strip() for name in names.split(",") if name.strip()] if names else None
     with database.read() as session:
         run = visible_run(session, run_id, principal)
-        _check_names(wanted or [], metric_rows.read_summary(session, run.id))
+        if wanted:
+            _check_names(wanted, metric_rows.read_summary(session, run.id))
         status = job_rows.get_job(session, run.job_id).status
         found = metric_rows.read_metrics(
             session,
