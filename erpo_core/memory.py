@@ -17,6 +17,8 @@ _SIZE_IN_NAME = re.compile(r"(?<![\w.])(\d+(?:\.\d+)?)([BM])(?![A-Za-z0-9])", re
 MICRO_BATCH_TOKENS = 2**13
 """Sampled tokens up to which groups share a micro-batch on CUDA: shorter ones wait for launches."""
 _GRADIENT_AND_ADAM_BYTES = 12
+_ZERO_COPY_BYTES = 4
+"""DeepSpeed's own copy of what is trained, in parts."""
 _BYTES_IN_4BIT = 0.75
 """A parameter; embeddings, head and norms are not in 4 bits."""
 _ACTIVATION_BYTES = 34
@@ -81,14 +83,15 @@ def training_memory(spec: BaseTrainSpec, size: ModelSize) -> dict[str, int | Non
     if spec.load_in_4bit:
         width = _BYTES_IN_4BIT
     devices = max(1, spec.hardware.num_gpus)
-    shards = devices if spec.hardware.strategy == "fsdp2" else 1
+    strategy = spec.hardware.strategy
+    shards = devices if strategy in ("fsdp2", "zero3") else 1
     samples = isinstance(spec, GrpoTrainSpec)
     copies = (1 if samples else 1 / shards) + (1 / shards if samples and spec.lora is None else 0)
     shape = size.shape
     trained = size.num_parameters if spec.lora is None else _adapter_parameters(spec, shape)
     parts = {
         "weights_bytes": round(size.num_parameters * width * copies) + (0 if spec.lora is None else 4 * trained),
-        "optimizer_bytes": trained * _GRADIENT_AND_ADAM_BYTES // shards,
+        "optimizer_bytes": trained * _optimizer_bytes(strategy) // (devices if strategy == "zero2" else shards),
         "kv_cache_bytes": None if shape is None else _cache_bytes(spec, shape, in_bf16) // devices,
         "activation_bytes": None if shape is None else _activation_bytes(spec, shape, in_bf16),
     }
@@ -101,6 +104,11 @@ def rows_of_micro_batch(spec: GrpoTrainSpec) -> int:
     rows = math.gcd(spec.num_generations, share)
     fitting = MICRO_BATCH_TOKENS // (rows * (spec.max_completion_length or spec.max_length))
     return rows * max(n for n in range(1, share // rows + 1) if n == 1 or ((share // rows) % n == 0 and n <= fitting))
+
+
+def _optimizer_bytes(strategy: str) -> int:
+    """Of one trained parameter."""
+    return _GRADIENT_AND_ADAM_BYTES + (_ZERO_COPY_BYTES if strategy.startswith("zero") else 0)
 
 
 def _computes_in_bf16(spec: BaseTrainSpec, size: ModelSize) -> bool:

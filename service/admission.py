@@ -28,7 +28,12 @@ from service.db.engine import Database
 from service.settings import Settings
 from service.workerview import is_alive
 
-_ABILITY_NAMES = {"cuda": "a CUDA device", "bitsandbytes": "the extra `bitsandbytes`", "vllm": "vLLM"}
+_ABILITY_NAMES = {
+    "cuda": "a CUDA device",
+    "bitsandbytes": "the extra `bitsandbytes`",
+    "deepspeed": "the extra `deepspeed`",
+    "vllm": "vLLM",
+}
 
 
 @dataclass
@@ -105,6 +110,8 @@ def _abilities(spec: Any) -> dict[str, str]:
     found = {}
     if getattr(spec, "load_in_4bit", False):
         found |= {"cuda": "/load_in_4bit", "bitsandbytes": "/load_in_4bit"}
+    if hasattr(spec, "hardware") and spec.hardware.strategy.startswith("zero"):
+        found["deepspeed"] = "/hardware/strategy"
     if getattr(spec, "use_vllm", False) and spec.vllm_mode == "colocate":
         found["vllm"] = "/use_vllm"
     if getattr(spec, "engine", None) == "vllm":

@@ -4,7 +4,7 @@ import importlib.util
 import os
 from pathlib import Path
 
-_PACKAGES = ("bitsandbytes", "vllm")
+_PACKAGES = ("bitsandbytes", "deepspeed", "vllm")
 _DEVICES = ("/dev/nvidiactl", "/dev/nvidia0", "/proc/driver/nvidia/version", "/dev/dxg", "/dev/kfd")
 """Of the drivers of NVIDIA, of WSL, of AMD."""
 

@@ -5,7 +5,7 @@ The same files serve `accelerate launch --config_file` in a user's own script an
 
 from pathlib import Path
 
-STRATEGIES = ("ddp", "fsdp2")
+STRATEGIES = ("ddp", "fsdp2", "zero2", "zero3")
 
 
 def config_file(strategy: str) -> Path:

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Name = Annotated[str, Field(min_length=1, max_length=200)]
 Text = Annotated[str, Field(min_length=1, max_length=200_000)]
@@ -99,25 +99,23 @@ class HardwareSpec(Spec):
     num_gpus: int = Field(
         0, ge=0, le=64, description="0: what the worker has. Above 1: one process each, on a CPU where there is no GPU."
     )
-    strategy: Literal["single", "ddp", "fsdp2"] = Field(
+    strategy: Literal["single", "ddp", "fsdp2", "zero2", "zero3"] = Field(
         "single",
         description="`ddp`: every process holds the whole model. `fsdp2`: each holds a shard of weights, gradients and "
-        "optimizer state.",
+        "optimizer state. `zero2`, `zero3`: DeepSpeed's shards of gradients and optimizer state, at 3 of weights too "
+        "(extra `deepspeed`).",
     )
-
-    @field_validator("strategy", mode="before")
-    @classmethod
-    def _refuse_deepspeed(cls, value: object) -> object:
-        if isinstance(value, str) and value.startswith(("zero", "deepspeed")):
-            raise ValueError(f"{value!r} is DeepSpeed's, which is not supported; write `fsdp2`, which shards the same")
-        return value
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.num_gpus > 1 and self.strategy == "single":
-            raise ValueError("strategy: several devices need `ddp` or `fsdp2`; write one, or num_gpus 1")
-        if self.num_gpus < 2 and self.strategy == "fsdp2":
-            raise ValueError("strategy: `fsdp2` shards the model over several devices; write num_gpus 2 or more")
+            raise ValueError(
+                "strategy: several devices need `ddp`, `fsdp2`, `zero2` or `zero3`; write one, or num_gpus 1"
+            )
+        if self.num_gpus < 2 and self.strategy not in ("single", "ddp"):
+            raise ValueError(
+                f"strategy: `{self.strategy}` shards the model over several devices; write num_gpus 2 or more"
+            )
         return self
 
 

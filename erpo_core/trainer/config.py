@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 import torch
 from trl import GRPOConfig
 
+from erpo_core.trainer.zero import take_configuration
+
 ALGORITHMS = ("erpo", "grpo")
 SCORING_DTYPES = ("auto", "float32", "bfloat16")
 TOKEN_CORRECTIONS = ("token_truncate", "token_mask")
@@ -75,6 +77,8 @@ class ERPOConfig(GRPOConfig):
         if self.bf16 is None:
             self.bf16 = torch.cuda.is_available() and not self.use_cpu and not self.fp16
         super().__post_init__()
+        # Before a model is loaded: transformers would load it in DeepSpeed's shards, TRL train adapters in bfloat16.
+        take_configuration(self)
         self.loss_type = wanted
 
     def _refuse(self) -> None:

@@ -20,7 +20,7 @@ from erpo_core.trainer.noise import measure_noise
 from erpo_core.trainer.reference import Reference
 from erpo_core.trainer.rows import cut_columns, spread_scores, stack_rows
 from erpo_core.trainer.scoring import Rollouts, merge_scores, reference_states, score_rollouts, spread
-from erpo_core.trainer.sharding import is_sharded
+from erpo_core.trainer.sharding import goes_in_step
 from erpo_core.trainer.state import RunState
 from erpo_core.trainer.totals import Totals
 
@@ -76,7 +76,7 @@ class TokenCredit:
         Ranks that share their weights score together, however many of their groups are dead.
         """
         rollouts = batch.rollouts
-        if self.beta > 0 or not torch.is_grad_enabled() or is_sharded(self._policy):
+        if self.beta > 0 or not torch.is_grad_enabled() or goes_in_step(self._policy):
             return score(rollouts)
         live = self._live_prompts(batch)
         if live.all():
@@ -225,6 +225,6 @@ class TokenCredit:
         self._noise_step = self.state.global_step
         group = rollouts.part(0, rollouts.num_generations)
         count = int(group.mask.sum())
-        in_step = is_sharded(policy)
+        in_step = goes_in_step(policy)
         noise = measure_noise(lambda part: self._scores(policy, part).logps, group, logps[:count], in_step=in_step)
         self.run_state.noise = self.args.progress_scale * ranks.mean_of(self.accelerator, noise)

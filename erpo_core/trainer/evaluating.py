@@ -171,7 +171,7 @@ class PolicyEvaluation(TrainerCallback):
             # A rank without a batch samples nothing, but samples: weights in shards are gathered by all together.
             batch = next(iter(benchmark.batches[first + accelerator.process_index :]), _NOTHING)
             rows += self._answered(batch, benchmark.spec)
-        return ranks.gather_lists(accelerator, rows)
+        return ranks.gather_list(accelerator, rows)
 
     def _answered(self, batch: Batch, spec: EvaluateSpec) -> list[dict[str, Any]]:
         sampling = spec.sampling

@@ -6,8 +6,8 @@ import torch
 from transformers import TrainerCallback
 
 from erpo_core.errors import RunError
-from erpo_core.trainer.ranks import total_of
-from erpo_core.trainer.sharding import local
+from erpo_core.trainer.ranks import gather_list, total_of
+from erpo_core.trainer.sharding import gradients, local
 
 if TYPE_CHECKING:
     from erpo_core.trainer.trainer import ERPOTrainer
@@ -24,14 +24,17 @@ class SkipNonFinite(TrainerCallback):
         self._trainer = trainer
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        gradients = {name: local(p.grad) for name, p in model.named_parameters() if p.grad is not None}
-        norms = [gradient.float().norm() for gradient in gradients.values()]
+        found = gradients(model)
+        norms = [gradient.float().norm() for gradient in found.values()]
         fine = not norms or bool(torch.isfinite(torch.stack(norms).sum()))
-        if not any(self._on_all_ranks([not fine])):
+        accelerator = self._trainer.accelerator
+        if not total_of(accelerator, [float(not fine)])[0]:
             return
-        flags = self._on_all_ranks([not _finite(gradient) for gradient in gradients.values()])
-        bad = [name for name, flag in zip(gradients, flags, strict=True) if flag]
-        # The optimizer leaves parameters without a gradient as they are, its moments and weight decay included.
+        # Each rank may see other gradients, or parts of them.
+        names = set(gather_list(accelerator, [name for name, gradient in found.items() if not _finite(gradient)]))
+        bad = [name for name, _ in model.named_parameters() if name in names]
+        # The optimizer leaves parameters without a gradient as they are, its moments and weight decay included;
+        # DeepSpeed's drops such a gradient by itself.
         model.zero_grad(set_to_none=True)
         self._trainer.run_state.skipped_steps += 1
         if self._trainer.run_state.skipped_steps > args.max_skipped_steps:
@@ -42,9 +45,6 @@ class SkipNonFinite(TrainerCallback):
                 f"weights that are not finite: {', '.join(weights[:3]) or 'none'}",
                 code="nonfinite_loss",
             )
-
-    def _on_all_ranks(self, flags: list[bool]) -> list[float]:
-        return total_of(self._trainer.accelerator, [float(flag) for flag in flags])
 
 
 class SaveAtBoundaries(TrainerCallback):

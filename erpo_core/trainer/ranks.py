@@ -10,6 +10,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from erpo_core.advantages import ERPOSignals
+from erpo_core.trainer import zero
 from erpo_core.trainer.sharding import is_sharded
 from erpo_core.trainer.totals import Totals
 
@@ -50,9 +51,13 @@ def gather_list(accelerator: Accelerator, values: list) -> list:
 def sum_gradients(accelerator: Accelerator, model: torch.nn.Module) -> None:
     """The gradients of all ranks, added up in place: the loss's weights are those of the whole step already.
 
-    The model is called below DDP's wrapper, which therefore reduces nothing by itself; FSDP2 gives the ranks' mean.
-    Where no answer reached a parameter its gradient is 0, not absent: the optimizer's moments go on.
+    The model is called below DDP's wrapper, which therefore reduces nothing by itself; FSDP2 and ZeRO give the ranks'
+    mean. Where no answer reached a parameter its gradient is 0, not absent: the optimizer's moments go on.
     """
+    engine = zero.engine_of(model)
+    if engine is not None:
+        zero.sum_gradients(engine)
+        return
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in parameters:
         if parameter.grad is None:
@@ -81,11 +86,6 @@ def gather_totals(accelerator: Accelerator, totals: Totals) -> Totals:
     for state in gather_object([totals.state()]):
         whole.merge(state)
     return whole
-
-
-def gather_lists(accelerator: Accelerator, items: list[Any]) -> list[Any]:
-    """The lists of all ranks, one after the other."""
-    return items if accelerator.num_processes == 1 else gather_object(items)
 
 
 def mean_of(accelerator: Accelerator, value: float) -> float:

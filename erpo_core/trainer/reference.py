@@ -2,7 +2,7 @@
 
 import copy
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -29,10 +29,10 @@ class Reference:
             _copy_adapter(model)
             self._adapter = REFERENCE_ADAPTER
 
-    def shard(self, accelerator: Any) -> None:
+    def shard(self, shard: Callable[[Any], Any]) -> None:
         """Spread a copy of its own over the ranks, as the policy is; what is part of the policy is so already."""
         if self._frozen is not None:
-            self._frozen = sharding.shard(accelerator, self._frozen)
+            self._frozen = shard(self._frozen)
 
     @contextmanager
     def of(self, policy: Any) -> Iterator[Any]:
@@ -58,10 +58,10 @@ class Reference:
         model = policy if self._frozen is None else self._frozen
         sharding.reshard(model)
         frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
-        sums = sharding.total([_sum_of_bits(sharding.local(p)) for p in frozen.values()], model)
+        sums = sharding.counts(frozen.values(), _sum_of_bits, model)
         digest = hashlib.sha256()
         for (name, parameter), bits in zip(frozen.items(), sums, strict=True):
-            digest.update(f"{name} {tuple(parameter.shape)} {bits}\n".encode())
+            digest.update(f"{name} {sharding.whole_shape(parameter)} {bits}\n".encode())
         return digest.hexdigest()
 
 

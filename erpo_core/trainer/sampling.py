@@ -240,7 +240,7 @@ def _pairs(policy: Any) -> Iterator[tuple[Tensor, Tensor, float]]:
     for module in policy.modules():
         if isinstance(module, LoraLayer) and "default" in module.lora_A:
             down, up = module.lora_A["default"].weight, module.lora_B["default"].weight
-            yield whole(down.detach()), whole(up.detach()), module.scaling["default"]
+            yield whole(down), whole(up), module.scaling["default"]
 
 
 def _apart(one: Tensor, other: Tensor) -> float:

@@ -12,7 +12,7 @@ from erpo_core import checkpoints
 from erpo_core.errors import RunError
 from erpo_core.trainer.environment import differences, environment
 from erpo_core.trainer.reference import Reference
-from erpo_core.trainer.sharding import is_sharded, load_sharded_state, whole_state, whole_weights
+from erpo_core.trainer.sharding import goes_in_step, is_sharded, load_whole_state, whole_state, whole_weights
 from erpo_core.trainer.state import RunState
 
 _STAGING = ".saving"
@@ -85,7 +85,7 @@ class WholeCheckpoints:
             self._save(output_dir, state_dict=weights)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if not is_sharded(self.model):
+        if not goes_in_step(self.model):
             super()._save_optimizer_and_scheduler(output_dir)
             return
         state = whole_state(self.optimizer.state_dict())
@@ -102,16 +102,16 @@ class WholeCheckpoints:
             self.is_fsdp_enabled = True
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        if not is_sharded(model):
+        if not self.is_fsdp_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_optimizer_and_scheduler(self, checkpoint) -> None:
         if self.args.device.type == "cpu":
             # On several ranks accelerate calls it cpu:0, a place that torch.load does not know.
             vars(self.args)["_setup_devices"] = torch.device("cpu")
-        if checkpoint is not None and is_sharded(self.model):
+        if checkpoint is not None and goes_in_step(self.model):
             state = torch.load(Path(checkpoint) / OPTIMIZER_NAME, map_location="cpu", weights_only=True, mmap=True)
-            load_sharded_state(self.optimizer, state)
+            load_whole_state(self.model, self.optimizer, state)
             self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
         else:
             super()._load_optimizer_and_scheduler(checkpoint)

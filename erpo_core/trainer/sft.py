@@ -1,6 +1,7 @@
 """Supervised fine-tuning on worked solutions: TRL's SFTTrainer with the records and checkpoints of the others."""
 
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +26,7 @@ from erpo_core.trainer.sampling import TransformersSampler
 from erpo_core.trainer.saving import WholeCheckpoints
 from erpo_core.trainer.sharding import ShardedWeights
 from erpo_core.trainer.state import RunState
+from erpo_core.trainer.zero import ZeroParts, take_configuration
 
 PASSED_THROUGH = (
     "gradient_checkpointing",
@@ -51,6 +53,10 @@ class SolutionConfig(SFTConfig):
 
     max_skipped_steps: int = field(default=10, metadata={"help": "Steps with a non-finite gradient before it fails."})
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        take_configuration(self)  # TRL would train adapters in bfloat16 where it sees ZeRO-3
+
 
 class _NoReference:
     """Nothing is compared with the weights that training started from."""
@@ -58,11 +64,11 @@ class _NoReference:
     def fingerprint(self, policy: Any) -> str:
         return ""
 
-    def shard(self, accelerator: Any) -> None:
+    def shard(self, shard: Callable[[Any], Any]) -> None:
         pass
 
 
-class SolutionTrainer(ShardedWeights, WholeCheckpoints, SFTTrainer):
+class SolutionTrainer(ShardedWeights, ZeroParts, WholeCheckpoints, SFTTrainer):
     """TRL's, with what :class:`RecordCallback` and :class:`SkipNonFinite` read of a trainer."""
 
     def __init__(self, *args, **kwargs) -> None:

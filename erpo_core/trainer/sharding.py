@@ -1,12 +1,12 @@
-"""Weights in shards, one on each rank (FSDP2): who needs them whole, and when.
+"""Weights in shards, one on each rank (FSDP2, or DeepSpeed's ZeRO at stage 3): who needs them whole, and when.
 
-accelerate shards the policy when training begins. From then on a layer gathers its weights while it computes; what
-reaches past the model's own ``forward`` (the body alone, the head's weight) does so through :func:`inside`. On weights
-that are whole every function here does the plain thing.
+The policy is sharded when training begins. From then on a layer gathers its weights while it computes; what reaches
+past the model's own ``forward`` (the body alone, the head's weight) does so through :func:`inside`. On weights that are
+whole every function here does the plain thing.
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,6 +18,8 @@ from torch import Tensor
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map_only
+
+from erpo_core.trainer import zero
 
 _INSIDE = "_called_inside"
 
@@ -51,19 +53,19 @@ class ShardedWeights:
 
     def _prepare_for_training(self, *args, **kwargs):
         prepared = super()._prepare_for_training(*args, **kwargs)
-        if is_sharded(self.model):
-            self._reference.shard(self.accelerator)
+        if isinstance(self.model, FSDPModule):
+            self._reference.shard(lambda model: fsdp2_prepare_model(self.accelerator, model))
         return prepared
 
 
 def is_sharded(model: Any) -> bool:
     """Whether each rank holds a part of every weight."""
-    return isinstance(model, FSDPModule)
+    return isinstance(model, FSDPModule) or zero.holds_shards(model)
 
 
-def shard(accelerator: Accelerator, model: Any) -> Any:
-    """A model of its own, not trained, sharded as the policy is."""
-    return fsdp2_prepare_model(accelerator, model)
+def goes_in_step(model: Any) -> bool:
+    """Whether the ranks must score the same number of times, since they share weights or gradients as they go."""
+    return isinstance(model, FSDPModule) or zero.engine_of(model) is not None
 
 
 def inside(model: Any, function: Callable[..., Any], *arguments: Any) -> Any:
@@ -71,6 +73,9 @@ def inside(model: Any, function: Callable[..., Any], *arguments: Any) -> Any:
 
     All ranks must call it. What is returned must hold its tensors in tuples: gradients start from them.
     """
+    engine = zero.engine_of(model)
+    if engine is not None:
+        return zero.call(engine, function, *arguments)
     if not is_sharded(model):
         return function(*arguments)
     if not hasattr(model, _INSIDE):
@@ -84,6 +89,11 @@ def gathered(model: Any) -> Iterator[None]:
     """Every weight whole on every rank inside, for calls that the ranks do not make in step. All ranks must enter."""
     if not is_sharded(model):
         yield
+        return
+    engine = zero.engine_of(model)
+    if engine is not None:
+        with zero.gathered(engine):
+            yield
         return
     inside(model, tuple)  # the root has to be called before its parts
     parts = [module for module in model.modules() if isinstance(module, FSDPModule)]
@@ -107,13 +117,30 @@ def reshard(model: Any) -> None:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """The tensor without shards. All ranks must call it."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    """The tensor without shards and without its graph. All ranks must call it."""
+    if hasattr(tensor, "ds_tensor"):
+        return zero.whole(tensor)
+    return tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
+
+
+def whole_shape(tensor: Tensor) -> tuple[int, ...]:
+    """The shape without shards."""
+    return tuple(getattr(tensor, "ds_shape", tensor.shape))
 
 
 def local(tensor: Tensor) -> Tensor:
     """This rank's part."""
+    if hasattr(tensor, "ds_tensor"):
+        return tensor.ds_tensor
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def gradients(model: Any) -> dict[str, Tensor]:
+    """{name: this rank's part} before an optimizer step."""
+    engine = zero.engine_of(model)
+    if engine is not None:
+        return zero.gradients(engine)
+    return {name: local(p.grad) for name, p in model.named_parameters() if p.grad is not None}
 
 
 def whole_weights(model: Any, *, keep: bool) -> dict[str, Tensor]:
@@ -124,7 +151,7 @@ def whole_weights(model: Any, *, keep: bool) -> dict[str, Tensor]:
     for name, tensor in model.state_dict(keep_vars=True).items():
         if id(tensor) not in seen and (not adapters or adapters & set(name.split("."))):
             seen.add(id(tensor))
-            full = whole(tensor.detach())
+            full = whole(tensor)
             if keep:
                 found[name] = full.cpu()
     return found
@@ -135,19 +162,23 @@ def whole_state(state: Any) -> Any:
     return tree_map_only(Tensor, lambda tensor: whole(tensor).cpu(), state)
 
 
-def load_sharded_state(optimizer: Any, state: dict[str, Any]) -> None:
-    """What :func:`whole_state` gave, the same on every rank, into an optimizer of sharded parameters."""
+def load_whole_state(model: Any, optimizer: Any, state: dict[str, Any]) -> None:
+    """What :func:`whole_state` gave, the same on every rank, into an optimizer whose own state is in parts."""
+    if zero.engine_of(model) is not None:
+        optimizer.load_state_dict(state)
+        return
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for index, values in state["state"].items():
         state["state"][index] = {name: _sharded_as(parameters[index], value) for name, value in values.items()}
     optimizer.load_state_dict(state)
 
 
-def total(values: list[int], model: Any) -> list[int]:
-    """Integers that each rank has counted on its part of a model, for the whole of it."""
-    if not is_sharded(model):
-        return values
-    wide = torch.tensor(values, dtype=torch.int64, device=model.device)
+def counts(parameters: Iterable[Tensor], count: Callable[[Tensor], int], model: Any) -> list[int]:
+    """``count`` of each whole parameter of a model, where that of a whole is the sum of its parts'. All ranks must
+    call it."""
+    if not isinstance(model, FSDPModule):
+        return [count(whole(parameter)) for parameter in parameters]
+    wide = torch.tensor([count(local(p)) for p in parameters], dtype=torch.int64, device=model.device)
     dist.all_reduce(wide)
     return wide.tolist()
 

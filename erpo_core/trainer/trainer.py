@@ -29,11 +29,12 @@ from erpo_core.trainer.scoring import body_of
 from erpo_core.trainer.sharding import ShardedWeights
 from erpo_core.trainer.state import RunState
 from erpo_core.trainer.totals import Totals
+from erpo_core.trainer.zero import ZeroParts
 
 _LAYOUTS = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.FSDP)
 
 
-class ERPOTrainer(ShardedWeights, WholeCheckpoints, SampledAnswers, TokenCredit, GRPOTrainer):
+class ERPOTrainer(ShardedWeights, ZeroParts, WholeCheckpoints, SampledAnswers, TokenCredit, GRPOTrainer):
     """Used as TRL's GRPOTrainer is: same constructor, same data set format; ``args`` is an :class:`ERPOConfig`.
 
     Raises:
@@ -196,7 +197,4 @@ class ERPOTrainer(ShardedWeights, WholeCheckpoints, SampledAnswers, TokenCredit,
             )
         kind = self.accelerator.distributed_type
         if kind not in _LAYOUTS:
-            raise ValueError(
-                f"distributed_type: {kind.value} is not supported: ERPO looks at the gradients between backward and "
-                "step, and keeps the base's dtype; use DDP or FSDP2"
-            )
+            raise ValueError(f"distributed_type: {kind.value} is not supported; use DDP, FSDP2, or DeepSpeed's ZeRO")

@@ -2,22 +2,25 @@
 
 A case is a JSON object with ``name``, ``kind`` and what its function takes; what it found is written to OUT/name. In
 ``update`` the answers come from a fixed table: every layout samples and rewards the same way, so that only the split
-over ranks and micro-batches differs. In ``resume`` the policy samples.
+over ranks and micro-batches differs. In ``resume`` and ``not_finite`` the
+policy samples.
 """
 
 import json
 import sys
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from erpo_core import ERPOConfig, ERPOTrainer
 from erpo_core.generation.base import Sample
 from erpo_core.trainer.sharding import is_sharded, whole
+from erpo_core.trainer.zero import engine_of
 
 G, PROMPTS = 4, 4
 
@@ -90,7 +93,7 @@ def trainer_of(kind: type[ERPOTrainer], model: str, prompts: list[str], *, tunin
     )
 
 
-def update(model: str, out: Path, layout: str, tuning: str = "lora", **settings) -> None:
+def update(model: str, out: Path, layout: str, tuning: str = "lora", max_grad_norm: float = 1e9, **settings) -> None:
     """Three steps of plain gradient descent."""
     per_device, accumulation, steps_per_generation, loss_type, entropy_stats = layout.split(",")
     trainer = trainer_of(
@@ -107,7 +110,7 @@ def update(model: str, out: Path, layout: str, tuning: str = "lora", **settings)
         max_steps=3,
         learning_rate={"lora": 1.0, "full": 0.02, "warm": 0.05}[tuning],
         optim="sgd",
-        max_grad_norm=1e9,
+        max_grad_norm=max_grad_norm,
         save_strategy="no",
         progress_noise_floor=1e-6,
         shuffle_dataset=False,
@@ -117,7 +120,7 @@ def update(model: str, out: Path, layout: str, tuning: str = "lora", **settings)
     report(trainer, out)
 
 
-def resume(model: str, out: Path, tuning: str = "lora") -> None:
+def resume(model: str, out: Path, tuning: str = "lora", **settings) -> None:
     """Six steps, and the last three again from the checkpoint of step 3."""
     for name, source in (("whole", None), ("again", out / "whole" / "checkpoint-3")):
         trainer = trainer_of(
@@ -134,12 +137,13 @@ def resume(model: str, out: Path, tuning: str = "lora") -> None:
             save_steps=3,
             noise_floor_every=2,
             seed=7,
+            **settings,
         )
         trainer.train(resume_from_checkpoint=None if source is None else str(source))
         report(trainer, out / name)
 
 
-def sft(model: str, out: Path, hardware: dict, data_root: str, lora: dict | None) -> None:
+def sft(model: str, out: Path, hardware: dict, data_root: str, lora: dict | None, bf16: bool = False) -> None:
     """A job of supervised fine-tuning; its checkpoint and its metrics."""
     from erpo_core.job import JobInputs, ModelInput
     from erpo_core.specs import parse_spec
@@ -157,6 +161,7 @@ def sft(model: str, out: Path, hardware: dict, data_root: str, lora: dict | None
         "max_steps": 3,
         "save_steps": 3,
         "lora": lora,
+        "bf16": bf16,
         "hardware": hardware,
         "eval_every": 3,
         "eval_benchmarks": ["data:sums.jsonl"],
@@ -181,19 +186,66 @@ def sft(model: str, out: Path, hardware: dict, data_root: str, lora: dict | None
 
 def report(trainer: ERPOTrainer, out: Path) -> None:
     """Weights and metrics, by the first process."""
-    weights = {n: whole(p.detach()) for n, p in trainer.accelerator.unwrap_model(trainer.model).named_parameters()}
-    sharded = is_sharded(trainer.model)
+    weights = {n: whole(p) for n, p in trainer.accelerator.unwrap_model(trainer.model).named_parameters()}
+    sharded = how_sharded(trainer.model)
     if trainer.is_world_process_zero():
         torch.save({"weights": weights, "sharded": sharded}, out / "weights.pt")
         logs = [entry for entry in trainer.state.log_history if "reward" in entry]
         (out / "logs.json").write_text(json.dumps(logs))
 
 
+def how_sharded(model) -> str | None:
+    engine = engine_of(model)
+    return f"ZeRO-{engine.zero_optimization_stage()}" if engine else "FSDP2" if is_sharded(model) else None
+
+
+def not_finite(model: str, out: Path, **settings) -> None:
+    """Three steps; the second one's loss is not a number on one of the ranks."""
+
+    class Broken(ERPOTrainer):
+        def _compute_loss(self, model, inputs):
+            broken = self.state.global_step == 1 and self.accelerator.process_index == 1
+            return super()._compute_loss(model, inputs) * (float("nan") if broken else 1.0)
+
+    class Watch(TrainerCallback):
+        def on_step_end(self, args, state, control, **_):
+            versions.append(fingerprint())
+
+    trainer = trainer_of(
+        Broken,
+        model,
+        [f"{a}+{a}=" for a in range(12)],
+        tuning="lora",
+        output_dir=str(out),
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=1,
+        max_steps=3,
+        learning_rate=1e-2,
+        save_strategy="no",
+        **settings,
+    )
+
+    def fingerprint() -> list[float]:
+        return [whole(p).double().sum().item() for p in trainer.model.parameters() if p.requires_grad]
+
+    versions = [fingerprint()]
+    trainer.add_callback(Watch())
+    trainer.train()
+    if trainer.is_world_process_zero():
+        logs = [entry for entry in trainer.state.log_history if "reward" in entry]
+        found = {
+            "moved": [before != after for before, after in pairwise(versions)],
+            "skipped": [entry["erpo/skipped_steps"] for entry in logs],
+        }
+        (out / "found.json").write_text(json.dumps(found))
+
+
 def main(model: str, out: str, cases: str) -> None:
+    kinds = {"update": update, "resume": resume, "sft": sft, "not_finite": not_finite}
     for case in json.loads(cases):
         folder = Path(out) / case.pop("name")
         folder.mkdir(parents=True, exist_ok=True)
-        {"update": update, "resume": resume, "sft": sft}[case.pop("kind")](model, folder, **case)
+        kinds[case.pop("kind")](model, folder, **case)
 
 
 if __name__ == "__main__":

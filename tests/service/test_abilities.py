@@ -10,6 +10,7 @@ from workers.abilities import abilities
 TRAIN = {"model": "smollm2-135m", "dataset": "reasoning-gym:chain_sum"}
 EVALUATE = {"model": "smollm2-135m", "dataset": "reasoning-gym:chain_sum", "engine": "vllm"}
 IN_4_BITS = TRAIN | {"load_in_4bit": True}
+IN_PARTS = TRAIN | {"hardware": {"num_gpus": 2, "strategy": "zero2"}}
 
 
 def register(database, *found) -> None:
@@ -24,6 +25,7 @@ def register(database, *found) -> None:
         ("train", IN_4_BITS, [["vllm"], ["cuda"]], "/load_in_4bit", "bitsandbytes"),
         ("train", TRAIN | {"use_vllm": True}, [["cuda"]], "/use_vllm", "vLLM"),
         ("evaluate", EVALUATE, [[], ["cuda"]], "/engine", "vLLM"),
+        ("train", IN_PARTS, [["cuda", "vllm"]], "/hardware/strategy", "`deepspeed`"),
     ],
 )
 def test_what_no_running_worker_has_is_refused_by_its_field(api, database, path, body, workers, pointer, missing):

@@ -86,6 +86,9 @@ def test_shards_divide_what_is_not_needed_whole():
     assert full["optimizer_bytes"] == 12 * seven.num_parameters / 4
     imitating = training_memory(train_spec(algorithm="sft", lora=None, **four), seven)
     assert imitating["memory_bytes"] == 16 * seven.num_parameters / 4
+    parted = training_memory(train_spec(lora=None, hardware={"num_gpus": 4, "strategy": "zero2"}), seven)
+    assert parted["weights_bytes"] == 4 * seven.num_parameters * 2
+    assert parted["optimizer_bytes"] == (12 + 4) * seven.num_parameters / 4
 
 
 @pytest.mark.parametrize(
