@@ -279,7 +279,11 @@ def _start(settings: dict[str, Any]) -> Any:
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     from vllm import LLM
+    from vllm.platforms import current_platform
 
+    if current_platform.is_cpu():
+        products = "erpo_core.generation.vllm_lora_cpu.PlainProducts"
+        type(current_platform).get_punica_wrapper = classmethod(lambda cls: products)
     try:
         with _seeded(0), _own_device():  # vLLM seeds the global generators of its process
             return LLM(**settings)
