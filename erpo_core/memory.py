@@ -83,15 +83,14 @@ def training_memory(spec: BaseTrainSpec, size: ModelSize) -> dict[str, int | Non
     if spec.load_in_4bit:
         width = _BYTES_IN_4BIT
     devices = max(1, spec.hardware.num_gpus)
-    strategy = spec.hardware.strategy
-    shards = devices if strategy in ("fsdp2", "zero3") else 1
+    shards = devices if spec.hardware.strategy in ("fsdp2", "zero3") else 1
     samples = isinstance(spec, GrpoTrainSpec)
     copies = (1 if samples else 1 / shards) + (1 / shards if samples and spec.lora is None else 0)
     shape = size.shape
     trained = size.num_parameters if spec.lora is None else _adapter_parameters(spec, shape)
     parts = {
         "weights_bytes": round(size.num_parameters * width * copies) + (0 if spec.lora is None else 4 * trained),
-        "optimizer_bytes": trained * _optimizer_bytes(strategy) // (devices if strategy == "zero2" else shards),
+        "optimizer_bytes": trained * _optimizer_bytes(spec) // (devices if spec.hardware.is_sharded else 1),
         "kv_cache_bytes": None if shape is None else _cache_bytes(spec, shape, in_bf16) // devices,
         "activation_bytes": None if shape is None else _activation_bytes(spec, shape, in_bf16),
     }
@@ -106,9 +105,9 @@ def rows_of_micro_batch(spec: GrpoTrainSpec) -> int:
     return rows * max(n for n in range(1, share // rows + 1) if n == 1 or ((share // rows) % n == 0 and n <= fitting))
 
 
-def _optimizer_bytes(strategy: str) -> int:
+def _optimizer_bytes(spec: BaseTrainSpec) -> int:
     """Of one trained parameter."""
-    return _GRADIENT_AND_ADAM_BYTES + (_ZERO_COPY_BYTES if strategy.startswith("zero") else 0)
+    return _GRADIENT_AND_ADAM_BYTES + (_ZERO_COPY_BYTES if spec.hardware.uses_deepspeed else 0)
 
 
 def _computes_in_bf16(spec: BaseTrainSpec, size: ModelSize) -> bool:

@@ -112,11 +112,21 @@ class HardwareSpec(Spec):
             raise ValueError(
                 "strategy: several devices need `ddp`, `fsdp2`, `zero2` or `zero3`; write one, or num_gpus 1"
             )
-        if self.num_gpus < 2 and self.strategy not in ("single", "ddp"):
+        if self.num_gpus < 2 and self.is_sharded:
             raise ValueError(
                 f"strategy: `{self.strategy}` shards the model over several devices; write num_gpus 2 or more"
             )
         return self
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether the processes share gradients and optimizer state, or more."""
+        return self.strategy not in ("single", "ddp")
+
+    @property
+    def uses_deepspeed(self) -> bool:
+        """Whether it wants the extra ``deepspeed``."""
+        return self.strategy in ("zero2", "zero3")
 
 
 class JobOptions(Spec):

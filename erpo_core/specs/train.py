@@ -74,7 +74,7 @@ class BaseTrainSpec(Spec):
     def _check_base(self) -> Self:
         if self.load_in_4bit and self.lora is None:
             raise ValueError("load_in_4bit: only frozen weights are held in 4 bits; keep `lora`, or write false")
-        if self.load_in_4bit and self.hardware.strategy not in ("single", "ddp"):
+        if self.load_in_4bit and self.hardware.is_sharded:
             raise ValueError("load_in_4bit: weights in 4 bits are not sharded; write false, or hardware.strategy ddp")
         return self
 

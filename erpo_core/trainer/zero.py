@@ -57,7 +57,7 @@ class ZeroParts:
         engine = _start(self.model, self.zero_config, self.optimizer)
         self.optimizer = ZeroOptimizer(engine.optimizer, groups)
         if self.zero_config["stage"] == 3:
-            self._reference.shard(lambda model: shard(model, self.zero_config))
+            self._reference.shard(lambda model: _start(model, self.zero_config, None).module)
         return engine
 
     def _clip_grad_norm(self, model):
@@ -176,12 +176,6 @@ def holds_shards(model: Any) -> bool:
     """Whether each rank holds a part of every weight: stage 3."""
     engine = engine_of(model)
     return engine is not None and engine.zero_optimization_partition_weights()
-
-
-def shard(model: Any, config: dict[str, Any]) -> Any:
-    """The weights of a model that is not trained, spread over the ranks."""
-    _start(model, config, None)
-    return model
 
 
 def call(engine: Any, function: Callable[..., Any], *arguments: Any) -> Any:

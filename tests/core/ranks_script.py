@@ -2,8 +2,8 @@
 
 A case is a JSON object with ``name``, ``kind`` and what its function takes; what it found is written to OUT/name. In
 ``update`` the answers come from a fixed table: every layout samples and rewards the same way, so that only the split
-over ranks and micro-batches differs. In ``resume`` and ``not_finite`` the
-policy samples.
+over ranks and micro-batches differs. In ``resume`` and ``not_finite``
+the policy samples.
 """
 
 import json

@@ -14,7 +14,7 @@ def ranks(stack) -> list[str]:
     return [p.environ()["RANK"] for p in stack.processes() if "LOCAL_RANK" in p.environ() and p.status() != "zombie"]
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "zero3"])
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "zero3"])
 def test_two_processes_train_one_model_and_leave_together(stack, model_root, strategy):
     two = SPEC | {"hardware": {"num_gpus": 2, "strategy": strategy}, "trace_every": 0} | EVALUATED
     stack.start()
