@@ -29,20 +29,17 @@ class ZeroParts:
     """A mixin before transformers' Trainer: what ``accelerate launch`` says of DeepSpeed, done with plain processes."""
 
     args: Any
+    """Transformers', after :func:`take_configuration`."""
     optimizer: Any
     zero_config: dict[str, Any] | None
     """DeepSpeed's ``zero_optimization``, where the launch asks for it."""
 
     def create_accelerator_and_postprocess(self) -> None:
-        """transformers', which calls it while it is constructed.
-
-        Raises:
-            ValueError: a setting of DeepSpeed that would change what is trained or saved, by name.
-        """
+        """transformers', which calls it while it is constructed."""
         if not torch.cuda.is_available():
             # accelerate imports DeepSpeed wherever it is installed, which then warns that there is no GPU.
             os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        self.zero_config = take_configuration(self.args)
+        self.zero_config = self.args.zero_config
         super().create_accelerator_and_postprocess()
         if self.accelerator.num_processes == 1:
             self.zero_config = None
@@ -143,16 +140,17 @@ class ZeroOptimizer(torch.optim.Optimizer):
                 _set_state(parameter, name, state_dict["state"][number][name])
 
 
-def take_configuration(args: Any) -> dict[str, Any] | None:
-    """DeepSpeed's ``zero_optimization`` of ``args`` (transformers' arguments) or of the launch, and nothing of it left
-    to accelerate and transformers, which from then on see plain processes.
+def take_configuration(args: Any) -> None:
+    """Set ``zero_config`` of ``args`` (transformers' arguments): DeepSpeed's ``zero_optimization`` of theirs or of the
+    launch, or None. Nothing of it is left to accelerate and transformers, which from then on see plain processes.
 
     Raises:
         ValueError: a setting that is not supported, by name.
     """
     plugin, args.deepspeed_plugin = args.deepspeed_plugin, None
     if plugin is None:
-        return getattr(args, "zero_config", _LAUNCHED[0] if _LAUNCHED else None)
+        args.zero_config = _LAUNCHED[0] if _LAUNCHED else None
+        return
     from transformers.integrations import unset_hf_deepspeed_config
 
     unset_hf_deepspeed_config()
@@ -164,7 +162,6 @@ def take_configuration(args: Any) -> dict[str, Any] | None:
     if state.distributed_type == DistributedType.DEEPSPEED:
         on_gpu = state.device.type == "cuda"
         state.distributed_type = DistributedType.MULTI_GPU if on_gpu else DistributedType.MULTI_CPU
-    return args.zero_config
 
 
 def engine_of(model: Any) -> Any | None:
