@@ -17,13 +17,14 @@ from erpo_core.evaluation_answers import AnswerBook
 from erpo_core.evaluation_batches import Batch
 from erpo_core.evaluation_model import EvaluatedModel
 from erpo_core.evaluation_summary import summarise
-from erpo_core.generation.base import Engine
-from erpo_core.job import JobInputs, Stop
+from erpo_core.generation.base import Engine, watch_and_leave
+from erpo_core.job import JobInputs, Stop, leaves_early
 from erpo_core.records import Progress, Resolved, Result, Sink
 from erpo_core.rewards.verify import Verifier
 from erpo_core.specs.evaluate import EvaluateSpec
 
 
+@leaves_early
 def run_evaluation(spec: EvaluateSpec, inputs: JobInputs, sink: Sink, stop: Stop) -> dict[str, Any]:
     """Evaluate the model of each run of a job; emits Progress, and for each run Resolved, Completions and Result.
 
@@ -53,8 +54,7 @@ def run_evaluation(spec: EvaluateSpec, inputs: JobInputs, sink: Sink, stop: Stop
                         spec, run, model.tokenizer, verifier, sink, before=done, total=per_run * len(runs)
                     )
                     done += per_run
-                    if not _answer(model, run, spec, book, sink, stop):
-                        return {"stopped": True}
+                    _answer(model, run, spec, book, sink, stop)
                     result = summarise(book.rows, spec)
                     sink.emit(Result(result, run.run_id))
     return result
@@ -62,31 +62,29 @@ def run_evaluation(spec: EvaluateSpec, inputs: JobInputs, sink: Sink, stop: Stop
 
 def _answer(
     model: EvaluatedModel, run: JobInputs, spec: EvaluateSpec, book: AnswerBook, sink: Sink, stop: Stop
-) -> bool:
-    """Sample what is missing of a run. False if asked to leave before the end."""
+) -> None:
+    """Sample what is missing of a run."""
     missing = [batch for batch in model.batches if not book.has_all(batch.keys)]
     engine = model.engine_of(run) if missing else None
     sink.emit(Resolved(model.resolved(run), run.run_id))
-    return engine is None or _sample_all(engine, model.stop_ids, missing, spec, book, stop)
+    if engine is not None:
+        _sample_all(engine, model.stop_ids, missing, spec, book, stop)
 
 
 def _sample_all(
     engine: Engine, stop_ids: list[int], batches: Sequence[Batch], spec: EvaluateSpec, book: AnswerBook, stop: Stop
-) -> bool:
-    """Sample batch by batch. False if asked to leave in between."""
-    left = len(batches)
-    engine.watch = book.watch
-    sampled = engine.generate_each(_call(batch, stop_ids, spec) for batch in batches if not stop.requested)
+) -> None:
+    """Sample batch by batch. Where it leaves early, what was sampled whole is stored."""
+    engine.watch = watch_and_leave(stop, book.watch)
+    sampled = engine.generate_each(_call(batch, stop_ids, spec) for batch in batches)
     storing: Future[None] | None = None
     with ThreadPoolExecutor(max_workers=1) as checker:
-        for batch, groups in zip(batches, sampled, strict=False):
+        for batch, groups in zip(batches, sampled, strict=True):
             if storing is not None:
                 storing.result()
             storing = checker.submit(book.add, batch.answers(groups))
-            left -= 1
     if storing is not None:
         storing.result()
-    return left == 0
 
 
 def _call(batch: Batch, stop_ids: list[int], spec: EvaluateSpec) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from typing import Any
 from erpo_core.evaluation_answers import credited
 from erpo_core.evaluation_identity import evaluation_identity
 from erpo_core.evaluation_summary import summarise
-from erpo_core.job import JobInputs, Stop
+from erpo_core.job import JobInputs, Stop, leave_if_asked, leaves_early
 from erpo_core.records import Completions, Progress, Resolved, Result, Sink
 from erpo_core.rewards.verify import Verifier, verifier_version
 from erpo_core.specs.evaluate import EvaluateSpec
@@ -14,6 +14,7 @@ _TOGETHER = 256
 _PROCESSES = 2
 
 
+@leaves_early
 def judge_again(spec: EvaluateSpec, inputs: JobInputs, sink: Sink, stop: Stop) -> dict[str, Any]:
     """Judge the answers of ``inputs.source``; emits Resolved, Progress, Completions and Result.
 
@@ -31,8 +32,7 @@ def judge_again(spec: EvaluateSpec, inputs: JobInputs, sink: Sink, stop: Stop) -
     with Verifier(processes=_PROCESSES) as verifier:
         for start in range(0, len(fresh), _TOGETHER):
             sink.emit(Progress("verify", len(rows), len(answers)))
-            if stop.requested:
-                return {"stopped": True}
+            leave_if_asked(stop)
             block = fresh[start : start + _TOGETHER]
             verdicts = verifier.check_many([(row["gold"] or "", row["completion"]) for row in block])
             judged = [credited(row | {"verdict": str(v)}, spec) for row, v in zip(block, verdicts, strict=True)]

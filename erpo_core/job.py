@@ -1,6 +1,8 @@
-"""What a job's entry function receives beside its specification and its sink."""
+"""What a job's entry function receives beside its specification and its sink, and how it leaves early."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import wraps
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -84,10 +86,33 @@ class JobInputs:
 
 
 class Stop(Protocol):
-    """Asked between steps: has somebody asked the job to checkpoint and leave?"""
+    """Has somebody asked the job to leave? Asked between its parts, and while answers grow."""
 
     @property
     def requested(self) -> bool: ...
+
+
+class LeftEarlyError(Exception):
+    """The job was asked to leave, and what it was at is given up. What it has reported stays."""
+
+
+def leave_if_asked(stop: Stop) -> None:
+    """Raises LeftEarlyError once the job is asked to leave."""
+    if stop.requested:
+        raise LeftEarlyError
+
+
+def leaves_early(run: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
+    """A job's entry function, which then returns ``{"stopped": True}`` where LeftEarlyError ends it."""
+
+    @wraps(run)
+    def run_or_leave(*args: Any, **kwargs: Any) -> dict[str, Any]:
+        try:
+            return run(*args, **kwargs)
+        except LeftEarlyError:
+            return {"stopped": True}
+
+    return run_or_leave
 
 
 def _path(value: str | None) -> Path | None:

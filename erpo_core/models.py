@@ -242,7 +242,7 @@ def policy_info(inputs: JobInputs, path: Path, *, dtype: Any, device: str) -> di
     """What a policy is made of; see :func:`load_policy`."""
     adapter = inputs.model.adapter_path
     return {
-        "base": inputs.model.base,
+        "base": _with_commit(inputs.model.base, path),
         "model_path": str(path),
         "model_digest": folder_digest(path, "*.safetensors"),
         "adapter_digest": adapter_digest(adapter),
@@ -250,6 +250,12 @@ def policy_info(inputs: JobInputs, path: Path, *, dtype: Any, device: str) -> di
         "dtype": str(dtype).removeprefix("torch."),
         "device": device,
     }
+
+
+def _with_commit(base: str, path: Path) -> str:
+    """``organisation/name@commit`` of what came from a hub, whose cache names folders so; other names as they are."""
+    is_fetched = path.parent.name == "snapshots" and "@" not in base
+    return f"{base}@{path.name}" if is_fetched else base
 
 
 def adapter_digest(folder: Path | None) -> str | None:

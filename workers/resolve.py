@@ -14,6 +14,7 @@ from erpo_core.job import JobInputs, ModelInput
 from service.db import jobs, runs, traces
 from service.db.claims import KEEPS_RECORDS, Claim
 from service.db.measured import Checkpoint
+from service.db.models import Run
 from service.settings import Settings
 
 _DEPTH = 32
@@ -48,7 +49,7 @@ def resolve_inputs(session: Session, claim: Claim, settings: Settings) -> JobInp
 
 def _of_run(session: Session, claim: Claim, inputs: JobInputs, run_id: str) -> JobInputs:
     """Those of a further run of the job."""
-    model = resolve_model(session, jobs.get_run(session, run_id).spec["model"])
+    model = _model_of(session, jobs.get_run(session, run_id))
     rows = _stored_rows(session, claim, run_id)
     return replace(inputs, run_id=run_id, model=model, stored_rows=rows, stored_traces=())
 
@@ -56,7 +57,7 @@ def _of_run(session: Session, claim: Claim, inputs: JobInputs, run_id: str) -> J
 def _model(session: Session, claim: Claim) -> ModelInput:
     if claim.spec.get("answers_of"):
         return ModelInput("")  # nothing is loaded to judge stored answers: the checkpoint may be gone
-    return resolve_model(session, claim.spec["model"])
+    return _model_of(session, jobs.get_run(session, claim.run_id))
 
 
 def resolve_model(session: Session, reference: str | dict[str, Any], depth: int = 0) -> ModelInput:
@@ -73,7 +74,15 @@ def resolve_model(session: Session, reference: str | dict[str, Any], depth: int 
     folder = _checkpoint_folder(session, run.id, reference.get("checkpoint", "last"))
     if run.spec.get("lora", True) is None:
         return ModelInput(str(folder))
-    return ModelInput(resolve_model(session, run.spec["model"], depth + 1).base, folder)
+    return ModelInput(_model_of(session, run, depth + 1).base, folder)
+
+
+def _model_of(session: Session, run: Run, depth: int = 0) -> ModelInput:
+    """What a run works on. Once an attempt has fetched its model from a hub, that commit, whatever came after it."""
+    model = resolve_model(session, run.spec["model"], depth)
+    found = run.resolved or {}
+    fetched = found.get("model", found).get("base", "")
+    return replace(model, base=fetched) if fetched.startswith(f"{model.base}@") else model
 
 
 def _checkpoint_folder(session: Session, run_id: str, wanted: str | int) -> Path:

@@ -15,8 +15,9 @@ from erpo_core.analysis.checked import checked_rows, is_right
 from erpo_core.analysis.scoring import best_tokens, score_answer
 from erpo_core.analysis.statistics import wilson_interval
 from erpo_core.errors import SpecError
+from erpo_core.generation.base import watch_and_leave
 from erpo_core.generation.transformers import TransformersEngine
-from erpo_core.job import JobInputs, Stop
+from erpo_core.job import JobInputs, Stop, leaves_early
 from erpo_core.models import load_policy
 from erpo_core.prompts import prompt_ids, stop_token_ids
 from erpo_core.records import Completions, Progress, Resolved, Result, Sink
@@ -46,6 +47,7 @@ class Branch:
         return f"{position}/{self.token_id}"
 
 
+@leaves_early
 def run_branch(spec: BranchSpec, inputs: JobInputs, sink: Sink, stop: Stop) -> dict[str, Any]:
     """Grow the tree; emits Resolved, Progress, Completions (one row a continuation) and Result.
 
@@ -72,9 +74,10 @@ def run_branch(spec: BranchSpec, inputs: JobInputs, sink: Sink, stop: Stop) -> d
     )
     branches = find_branches(spec, model, tokenizer, scored)
     with Verifier() as verifier:
-        tree = _Tree(spec, TransformersEngine(model, tokenizer), verifier, prompt, inputs)
-        if not tree.grow(branches, sink, stop):
-            return {"stopped": True}
+        engine = TransformersEngine(model, tokenizer)
+        engine.watch = watch_and_leave(stop)
+        tree = _Tree(spec, engine, verifier, prompt, inputs)
+        tree.grow(branches, sink)
     result = {
         "prompt": source["prompt"],
         "prefix": tokenizer.decode(tree.prefix, skip_special_tokens=True)[-_CONTEXT_CHARS:],
@@ -129,19 +132,16 @@ class _Tree:
         for row in sorted(inputs.stored_rows, key=lambda row: row["sample"]):
             self.rows.setdefault(row["prompt_id"], []).append(row)
 
-    def grow(self, branches: Sequence[Branch], sink: Sink, stop: Stop) -> bool:
-        """Rows of every branch, batch by batch, stored ones taken as they are; false if asked to leave."""
+    def grow(self, branches: Sequence[Branch], sink: Sink) -> None:
+        """Rows of every branch, batch by batch, stored ones taken as they are."""
         size = max(1, self.spec.batch_size // self.spec.num_continuations)
         for start in range(0, len(branches), size):
             batch = branches[start : start + size]
             if not all(branch.key(self.spec.position) in self.rows for branch in batch):
-                if stop.requested:
-                    return False
                 found = self._continue(batch, start)
                 sink.emit(Completions(0, [row for key, rows in found.items() if key not in self.rows for row in rows]))
                 self.rows = found | self.rows
             sink.emit(Progress("continue", start + len(batch), len(branches)))
-        return True
 
     def _continue(self, branches: Sequence[Branch], start: int) -> dict[str, list[dict[str, Any]]]:
         """All continuations share the prompt and what was written before the place."""

@@ -24,8 +24,9 @@ from erpo_core.analysis.entropy_answers import (
 from erpo_core.analysis.scoring import Scored, countable_tokens, score_answer, trace_of
 from erpo_core.analysis.statistics import sequence_stats, top_pivot_tokens
 from erpo_core.analysis.stored import StoredTrace, stored_traces
+from erpo_core.generation.base import watch_and_leave
 from erpo_core.generation.transformers import TransformersEngine
-from erpo_core.job import JobInputs, Stop
+from erpo_core.job import JobInputs, Stop, leave_if_asked, leaves_early
 from erpo_core.memory import SMALL_MODEL, count_parameters
 from erpo_core.models import load_policy, prepare_model
 from erpo_core.prompts import stop_token_ids
@@ -33,6 +34,7 @@ from erpo_core.records import Progress, Resolved, Result, Sink
 from erpo_core.specs.entropy import EntropySpec
 
 
+@leaves_early
 def run_entropy(spec: EntropySpec, inputs: JobInputs, sink: Sink, stop: Stop) -> dict[str, Any]:
     """Analyse and report. Returns the summary; ``{"stopped": True}`` where ``stop`` ended it early.
 
@@ -59,14 +61,13 @@ def run_entropy(spec: EntropySpec, inputs: JobInputs, sink: Sink, stop: Stop) ->
         check_room(spec, problems, room)
         total = len(problems) * spec.num_samples
         engine, stop_ids = TransformersEngine(model, tokenizer), stop_token_ids(tokenizer)
-        answers = sampled_answers(spec, problems, engine, stop_ids, stored, sink, stop)
+        engine.watch = watch_and_leave(stop)
+        answers = sampled_answers(spec, problems, engine, stop_ids, stored, sink)
     else:
         answers = given_answers(spec, inputs, tokenizer)
         total = len(answers)
         check_given(answers, tokenizer, room)
     summary = _Analysis(spec, model, tokenizer, info, stored, sink).run(answers, total, stop)
-    if summary is None:
-        return {"stopped": True}
     summary |= {"seconds": time.monotonic() - started}
     sink.emit(Result(summary))
     return summary
@@ -80,19 +81,17 @@ class _Analysis:
         self.entropies: list[np.ndarray] = []
         self.pivots: list[list[dict[str, Any]]] = []
 
-    def run(self, answers: Iterable[Answer], total: int, stop: Stop) -> dict[str, Any] | None:
-        """The summary; None if asked to leave. Hidden states of one answer at a time are alive.
+    def run(self, answers: Iterable[Answer], total: int, stop: Stop) -> dict[str, Any]:
+        """The summary. Hidden states of one answer at a time are alive.
 
         Where pivots depend on other answers, answers are stored without any at first; those in which some are found at
         the end are scored a second time, for their alternatives.
         """
         for answer in answers:
-            if stop.requested:
-                return None
+            leave_if_asked(stop)
             self._add(answer)
             self.sink.emit(Progress("score", len(self.answers), total))
-        if len(self.answers) < total or not self._find_pivots_over_all(stop):
-            return None
+        self._find_pivots_over_all(stop)
         return self._summary()
 
     def _add(self, answer: Answer) -> None:
@@ -112,18 +111,16 @@ class _Analysis:
         self.answers.append(answer)
         self.entropies.append(np.where(countable_tokens(self.tokenizer, answer.token_ids), entropies, np.nan))
 
-    def _find_pivots_over_all(self, stop: Stop) -> bool:
-        """For detectors of a group or of the whole run; false if asked to leave."""
+    def _find_pivots_over_all(self, stop: Stop) -> None:
+        """For detectors of a group or of the whole run."""
         if self.spec.detector.scope == "sequence":
-            return True
+            return
         found = find_pivots(self.entropies, self.spec.detector, [answer.group for answer in self.answers])
         for index, positions in enumerate(found):
             if [pivot["position"] for pivot in self.pivots[index]] != positions.tolist():
-                if stop.requested:
-                    return False
+                leave_if_asked(stop)
                 self.pivots[index] = self._store(self._score(self.answers[index]), positions)
             self.sink.emit(Progress("pivots", index + 1, len(found)))
-        return True
 
     def _score(self, answer: Answer) -> Scored:
         return score_answer(

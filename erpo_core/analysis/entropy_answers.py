@@ -8,7 +8,7 @@ from erpo_core.analysis.stored import StoredTrace
 from erpo_core.data.datasets import load_problems
 from erpo_core.errors import SpecError
 from erpo_core.generation.base import Engine
-from erpo_core.job import JobInputs, Stop
+from erpo_core.job import JobInputs
 from erpo_core.prompts import prompt_ids
 from erpo_core.records import Progress, Sink
 from erpo_core.specs.common import PromptSpec
@@ -80,9 +80,8 @@ def sampled_answers(
     stop_ids: list[int],
     stored: Mapping[tuple[str, int], StoredTrace],
     sink: Sink,
-    stop: Stop,
 ) -> Iterator[Answer]:
-    """``num_samples`` answers to each problem; ends early where ``stop`` asks for it.
+    """``num_samples`` answers to each problem.
 
     A batch is sampled when its first answer is wanted, and not at all where every answer of it is stored.
     """
@@ -97,8 +96,6 @@ def sampled_answers(
         ]
         fresh: list[list[int]] = []
         if not all(answer.key in stored for answer in answers):
-            if stop.requested:
-                return
             sink.emit(Progress("generate", start * count, len(problems) * count))
             groups = engine.generate(
                 [problem.ids for problem in batch],

@@ -14,7 +14,7 @@ from erpo_core.analysis.statistics import sequence_stats, top_pivot_tokens
 from erpo_core.analysis.tokens import display_parts
 from erpo_core.codec import encode_trace
 from erpo_core.errors import SpecError
-from erpo_core.job import JobInputs, Stop
+from erpo_core.job import JobInputs, Stop, leave_if_asked, leaves_early
 from erpo_core.records import Progress, Resolved, Result, Sink, Trace
 from erpo_core.specs.entropy import UNKNOWN_LOGPROB, EntropySpec, GivenLogprobs, GivenToken
 
@@ -22,6 +22,7 @@ _SAME = 1e-3
 """Two log-probabilities this near are those of one token: it comes twice, beside its text and in the list."""
 
 
+@leaves_early
 def run_given_logprobs(spec: EntropySpec, inputs: JobInputs, sink: Sink, stop: Stop) -> dict[str, Any]:
     """Bound the entropies and report; what earlier attempts have stored is not stored again.
 
@@ -36,8 +37,7 @@ def run_given_logprobs(spec: EntropySpec, inputs: JobInputs, sink: Sink, stop: S
     stored = {(row["prompt_id"], row["sample"]) for row in inputs.stored_traces}
     pivots = []
     for index, positions in enumerate(found):
-        if stop.requested:
-            return {"stopped": True}
+        leave_if_asked(stop)
         trace = _trace(spec, index, intervals[index], positions)
         if (trace.meta["prompt_id"], 0) not in stored:
             sink.emit(trace)

@@ -14,8 +14,9 @@ from erpo_core.analysis.perturbation_cases import Case, CaseFinder, Variant, sam
 from erpo_core.analysis.perturbation_summary import summarise
 from erpo_core.data.datasets import load_problems
 from erpo_core.data.formats import problems_digest
+from erpo_core.generation.base import watch_and_leave
 from erpo_core.generation.transformers import TransformersEngine
-from erpo_core.job import JobInputs, Stop
+from erpo_core.job import JobInputs, Stop, leaves_early
 from erpo_core.models import load_policy
 from erpo_core.prompts import template_digest
 from erpo_core.records import Completions, Progress, Resolved, Result, Sink
@@ -23,6 +24,7 @@ from erpo_core.rewards.verify import Verifier
 from erpo_core.specs.perturbation import OUTCOMES_STEP, Arm, PerturbationSpec
 
 
+@leaves_early
 def run_perturbation(spec: PerturbationSpec, inputs: JobInputs, sink: Sink, stop: Stop) -> dict[str, Any]:
     """Run the experiment; emits Resolved, Progress, Trace (the undisturbed answers), Completions and Result.
 
@@ -51,13 +53,12 @@ def run_perturbation(spec: PerturbationSpec, inputs: JobInputs, sink: Sink, stop
     }
     sink.emit(Resolved(resolved))
     engine = TransformersEngine(model, tokenizer)
+    engine.watch = watch_and_leave(stop)
     with Verifier() as verifier:
         finder = CaseFinder(spec, model, engine, info, verifier, sink, inputs)
-        cases = finder.find(problems, stop)
+        cases = finder.find(problems)
         study = _Study(spec, engine, verifier, sink)
-        rows = None if cases is None else study.continue_all(cases, inputs.stored_rows, stop)
-    if rows is None:
-        return {"stopped": True}
+        rows = study.continue_all(cases, inputs.stored_rows)
     facts = [_facts(case, arm, finder.vocabulary.texts) for case in cases for arm in spec.arms]
     summary = summarise(rows, facts, spec) | finder.counts
     sink.emit(Result(summary))
@@ -68,10 +69,8 @@ class _Study:
     def __init__(self, spec: PerturbationSpec, engine: TransformersEngine, verifier: Verifier, sink: Sink) -> None:
         self.spec, self.engine, self.verifier, self.sink = spec, engine, verifier, sink
 
-    def continue_all(
-        self, cases: Sequence[Case], stored_rows: Sequence[dict[str, Any]], stop: Stop
-    ) -> list[dict[str, Any]] | None:
-        """An outcome for every continuation of every variant, stored ones taken as they are; None if asked to leave."""
+    def continue_all(self, cases: Sequence[Case], stored_rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        """An outcome for every continuation of every variant, stored ones taken as they are."""
         stored = {(row["prompt_id"], row["sample"]): row for row in stored_rows}
         rows: list[dict[str, Any]] = []
         num_variants = {len(variants) for case in cases for variants in case.variants.values()}
@@ -82,8 +81,6 @@ class _Study:
                 batch = [(case, variant) for case in cases[start : start + size] for variant in case.variants[arm]]
                 keys = [(v.key(c.group), k) for c, v in batch for k in range(self.spec.num_continuations)]
                 if not all(key in stored for key in keys):
-                    if stop.requested:
-                        return None
                     found = self._continue(batch, seed_of(self.spec, "continue", start))
                     fresh = {(row["prompt_id"], row["sample"]): row for row in found}
                     missing = [row for key, row in fresh.items() if key not in stored]

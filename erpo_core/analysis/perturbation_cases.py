@@ -20,7 +20,7 @@ from erpo_core.analysis.tokens import display_tokens
 from erpo_core.data.formats import Problem
 from erpo_core.errors import RunError, SpecError
 from erpo_core.generation.base import Engine, Sample
-from erpo_core.job import JobInputs, Stop
+from erpo_core.job import JobInputs
 from erpo_core.prompts import prompt_ids, stop_token_ids
 from erpo_core.records import Completions, Progress, Sink
 from erpo_core.rewards.verify import Verifier
@@ -91,8 +91,8 @@ class CaseFinder:
         self.traces = stored_traces(inputs)
         self.attempts = {(row["prompt_id"], row["sample"]): row for row in inputs.stored_rows}
 
-    def find(self, problems: Sequence[Problem], stop: Stop) -> list[Case] | None:
-        """Cases until there are enough; None if asked to leave.
+    def find(self, problems: Sequence[Problem]) -> list[Case]:
+        """Cases until there are enough.
 
         Raises:
             RunError: ``nothing_solved``: no answer can be disturbed.
@@ -102,8 +102,6 @@ class CaseFinder:
         right = 0
         size = max(1, self.spec.batch_size // self.spec.num_attempts)
         for start in range(0, len(problems), size):
-            if stop.requested:
-                return None
             tried, fresh = self._try(problems[start : start + size], start)
             for one in tried:
                 if len(cases) == self.spec.num_problems:

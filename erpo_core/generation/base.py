@@ -4,6 +4,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from erpo_core.job import Stop, leave_if_asked
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -33,7 +35,20 @@ class Sampling:
 
 
 Watch = Callable[[int, int], None]
-"""Told now and then while answers grow: how many tokens were sampled, and answers ended, since it was told last."""
+"""Told now and then while answers grow: how many tokens were sampled, and answers ended, since it was told last.
+
+What it raises ends the call, and its answers are given up."""
+
+
+def watch_and_leave(stop: Stop, watch: Watch | None = None) -> Watch:
+    """A watch that raises LeftEarlyError once the job is asked to leave, and tells ``watch`` until then."""
+
+    def told(tokens: int, ended: int) -> None:
+        leave_if_asked(stop)
+        if watch is not None:
+            watch(tokens, ended)
+
+    return told
 
 
 class Engine(Protocol):

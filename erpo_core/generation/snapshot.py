@@ -10,30 +10,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-_FEW_ROWS = 64
-"""Up to here W x^T is faster than x W^T: the weights are streamed once, in their own order."""
-_ODD_ROWS, _EVEN_ROWS = 6, 16
-"""Beyond the first the product wants a multiple of the second: 9 rows take half as long again as 16."""
+_ROWS = 16
+"""For which the layout of a packed weight is chosen; it serves any number."""
 
 
-class StreamedLinear(nn.Module):
-    """``nn.Linear`` for few rows. Its weight is a plain tensor that somebody else fills."""
+class PackedLinear(nn.Module):
+    """``nn.Linear`` in float32 on a CPU, its weight in the layout that oneDNN's kernels read (as TorchInductor freezes
+    models): a third less time than ``nn.Linear`` takes at 16 rows, two fifths less at 8. Empty until :meth:`fill`."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+    def __init__(self, bias: Tensor | None) -> None:
         super().__init__()
-        self.weight, self.bias = weight, bias
+        self.bias = bias
+
+    def fill(self, weight: Tensor) -> None:
+        """Take a copy of this weight, (out, in)."""
+        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight, _ROWS)
 
     def forward(self, states: Tensor) -> Tensor:
         """(..., in) to (..., out)."""
-        rows = states.reshape(-1, states.shape[-1])
-        if len(rows) > _FEW_ROWS:
-            return nn.functional.linear(states, self.weight, self.bias)
-        width = len(rows) if len(rows) <= _ODD_ROWS else -(-len(rows) // _EVEN_ROWS) * _EVEN_ROWS
-        padded = rows if width == len(rows) else nn.functional.pad(rows, (0, 0, 0, width - len(rows)))
-        out = torch.mm(self.weight, padded.T)[:, : len(rows)].T.contiguous()
-        if self.bias is not None:
-            out = out + self.bias
-        return out.view(*states.shape[:-1], -1)
+        return torch.ops.mkldnn._linear_pointwise(states, self._packed, self.bias, "none", [], "")
 
 
 class PolicySnapshot:
@@ -46,22 +41,23 @@ class PolicySnapshot:
         for module in self.model.modules():
             # What TRL or accelerate put over a method still calls the module that was copied.
             module.__dict__.pop("forward", None)
-        self._adapted: list[tuple[Any, StreamedLinear]] = []
+        self._adapted: list[tuple[Any, PackedLinear]] = []
         for name, module in base.named_modules():
             if hasattr(module, "get_delta_weight"):
-                plain = module.get_base_layer()
-                self._adapted.append((module, StreamedLinear(torch.empty_like(plain.weight), plain.bias)))
+                self._adapted.append((module, PackedLinear(module.get_base_layer().bias)))
                 self.model.set_submodule(name, self._adapted[-1][1])
         head = base.get_output_embeddings()
         if type(head) is nn.Linear:
-            self.model.set_output_embeddings(StreamedLinear(head.weight, head.bias))
+            packed = PackedLinear(head.bias)
+            packed.fill(head.weight.detach())
+            self.model.set_output_embeddings(packed)
 
     @staticmethod
     def suits(policy: Any) -> bool:
-        """Whether the copy would be the policy: plain LoRA on linear layers, all in float32, on a CPU."""
+        """Whether the copy would be the policy: plain LoRA on linear layers, all in float32, on a CPU with oneDNN."""
         from peft import PeftModel
 
-        if not isinstance(policy, PeftModel) or policy.device.type != "cpu":
+        if not isinstance(policy, PeftModel) or policy.device.type != "cpu" or not torch.backends.mkldnn.is_available():
             return False
         if any(parameter.dtype != torch.float32 for parameter in policy.parameters()):
             return False
@@ -72,10 +68,8 @@ class PolicySnapshot:
     def refresh(self) -> None:
         """Take in the policy's active adapters as they are now."""
         for module, linear in self._adapted:
-            linear.weight.copy_(module.get_base_layer().weight)
-            for adapter in module.active_adapters:
-                if adapter in module.lora_A:
-                    linear.weight += module.get_delta_weight(adapter)
+            added = [module.get_delta_weight(name) for name in module.active_adapters if name in module.lora_A]
+            linear.fill(sum(added, module.get_base_layer().weight))
 
 
 def _is_plain(module: Any) -> bool:

@@ -135,13 +135,16 @@ class VLLMEngine:
                     yield taken.popleft().groups()
                 if not taken:
                     return
+                tokens = answers = 0
                 for output in engine.step():
                     if output.finished:
                         call, index = places.pop(output.request_id)
                         call.outputs[index] = output
-                        if self.watch is not None:
-                            copies = call.n // len(output.outputs)
-                            self.watch(copies * sum(len(answer.token_ids) for answer in output.outputs), call.n)
+                        copies = call.n // len(output.outputs)
+                        tokens += copies * sum(len(answer.token_ids) for answer in output.outputs)
+                        answers += call.n
+                if self.watch is not None:
+                    self.watch(tokens, answers)
         finally:
             if places:
                 engine.abort_request(list(places))

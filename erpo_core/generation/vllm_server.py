@@ -8,7 +8,7 @@ The server reads adapters from a folder that it shares with the caller. vLLM its
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,8 @@ _CONNECTIONS = 64
 _CONNECT_SECONDS = 10
 _ANSWER_SECONDS = 1800
 """The longest wait for one prompt's answers."""
+_HEAR_SECONDS = 0.5
+"""Between two looks at whether the answers are still wanted."""
 _HOW = "start it with VLLM_ALLOW_RUNTIME_LORA_UPDATING=True and `vllm serve MODEL --enable-lora --max-lora-rank RANK`"
 
 
@@ -115,11 +117,10 @@ class VLLMServer:
         seeds = [None if greedy else (seed + index * _SEED_STRIDE) % 2**62 for index in range(len(prompts))]
         bodies = [body | {"prompt": list(prompt), "seed": own} for prompt, own in zip(prompts, seeds, strict=True)]
         groups = []
-        for answer in self._threads.map(self._complete, bodies):
+        for answer in self._complete_all(bodies):
             group = _samples(answer, frozenset(stop_ids))
             groups.append(group * (n // len(group)))
-            if self.watch is not None:
-                self.watch(sum(len(sample.token_ids) for sample in groups[-1]), n)
+            self._tell(sum(len(sample.token_ids) for sample in groups[-1]), n)
         return groups
 
     def generate_each(self, calls: Iterable[Mapping[str, Any]]) -> Iterator[list[list[Sample]]]:
@@ -165,6 +166,22 @@ class VLLMServer:
         """End the connections."""
         self._threads.shutdown()
         self._client.close()
+
+    def _complete_all(self, bodies: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+        """The answers in order; whoever watches is heard while they are waited for."""
+        waiting = [self._threads.submit(self._complete, body) for body in bodies]
+        try:
+            for future in waiting:
+                while not wait([future], timeout=_HEAR_SECONDS).done:
+                    self._tell(0, 0)
+                yield future.result()
+        finally:
+            for future in waiting:
+                future.cancel()
+
+    def _tell(self, tokens: int, answers: int) -> None:
+        if self.watch is not None:
+            self.watch(tokens, answers)
 
     def _complete(self, body: Mapping[str, Any]) -> dict[str, Any]:
         found = self._post("/v1/completions", {"model": self._model, **body})

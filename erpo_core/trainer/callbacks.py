@@ -9,6 +9,7 @@ import torch
 from transformers import TrainerCallback
 
 from erpo_core.checkpoints import checkpoint_folder, manifest_files
+from erpo_core.generation.base import watch_and_leave
 from erpo_core.job import Stop
 from erpo_core.records import Checkpoint, Completions, Event, Metrics, Progress, Sink
 from erpo_core.rewards.verify import Verdict
@@ -34,16 +35,17 @@ class RecordCallback(TrainerCallback):
         self._sink, self._stop, self._origin = sink, stop, origin
         self._started = time.monotonic()
         self._step_started = self._started
-        self._first_step = 0
+        self.first_step = 0
+        """That this attempt began at."""
         self._growing = [0, 0]
         """Tokens and ended answers of the step at hand."""
         self._told = self._started
 
     def attach(self, trainer) -> None:
-        """Take what the trainer keeps of its steps; only the first process reports."""
+        """Take what the trainer keeps of its steps; only the first process reports, any may be asked to leave."""
         self.trainer = trainer
         trainer.keeps_rollouts = trainer.is_world_process_zero()
-        trainer.watch = self.watch if trainer.keeps_rollouts else None
+        trainer.watch = watch_and_leave(self._stop, self.watch if trainer.keeps_rollouts else None)
 
     def summary(self) -> dict[str, float]:
         """The mean of each metric over the last steps, where it was measured."""
@@ -77,7 +79,7 @@ class RecordCallback(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self._started = self._step_started = time.monotonic()
-        self._first_step = state.global_step
+        self.first_step = state.global_step
         self._skipped = self.trainer.run_state.skipped_steps
         if state.is_world_process_zero and self.trainer.changed_environment:
             self._sink.emit(_environment_changed(self.trainer.changed_environment))
@@ -130,7 +132,7 @@ class RecordCallback(TrainerCallback):
             self._sink.emit(Event("step.skipped", message, "warn", {"step": state.global_step, "skipped": skipped}))
 
     def _progress(self, state, metrics: dict[str, float]) -> dict[str, Any]:
-        done = max(1, state.global_step - self._first_step)
+        done = max(1, state.global_step - self.first_step)
         elapsed = time.monotonic() - self._started
         return {
             "reward": metrics.get("reward"),

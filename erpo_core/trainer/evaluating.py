@@ -19,8 +19,9 @@ from erpo_core.data.golds import check_golds
 from erpo_core.evaluation_answers import judged
 from erpo_core.evaluation_batches import Batch, check_room, lay_out, longest_of, make_tasks
 from erpo_core.evaluation_summary import summarise
+from erpo_core.generation.base import Watch, watch_and_leave
 from erpo_core.generation.policy import BATCH_SIZES
-from erpo_core.job import JobInputs, Stop
+from erpo_core.job import JobInputs, LeftEarlyError, Stop
 from erpo_core.metric_names import benchmark_labels
 from erpo_core.models import default_device
 from erpo_core.records import Metrics, Progress, Sink
@@ -32,10 +33,6 @@ from erpo_core.trainer import ranks
 from erpo_core.trainer.callbacks import RecordCallback
 
 _NOTHING = Batch((), 0, 1, 0)
-
-
-class LeftEarlyError(Exception):
-    """Asked to leave before the attempt's first step: there is nothing that a checkpoint does not have."""
 
 
 @dataclass(frozen=True)
@@ -128,8 +125,8 @@ class PolicyEvaluation(TrainerCallback):
         self._trainer = trainer
 
     def on_train_begin(self, args, state, control, **kwargs):
-        if self._is_due(state) and not self._evaluate(state, may_leave=True):
-            raise LeftEarlyError
+        if self._is_due(state):
+            self._evaluate(state, may_leave=True)
 
     def on_step_end(self, args, state, control, **kwargs):
         last = state.global_step >= state.max_steps
@@ -137,7 +134,9 @@ class PolicyEvaluation(TrainerCallback):
         if not self._is_due(state) or (self._records.stopped and not last):
             return
         started = time.monotonic()
-        if not self._evaluate(state, may_leave=not last):
+        try:
+            self._evaluate(state, may_leave=not last)
+        except LeftEarlyError:
             self._records.stopped = control.should_save = control.should_training_stop = True
         self._records.leave_out(time.monotonic() - started)
 
@@ -145,40 +144,41 @@ class PolicyEvaluation(TrainerCallback):
         is_wanted = self._spec.is_evaluated_at(state.global_step, state.max_steps)
         return is_wanted and self._trainer.run_state.evaluated_step != state.global_step
 
-    def _evaluate(self, state, *, may_leave: bool) -> bool:
-        """Report the numbers of every benchmark as metrics of this step; False if asked to leave in between."""
+    def _evaluate(self, state, *, may_leave: bool) -> None:
+        """Report the numbers of every benchmark as metrics of this step.
+
+        Raises:
+            LeftEarlyError: asked to leave in between, where it ``may_leave``.
+        """
+        watch = watch_and_leave(self._stop) if may_leave else None
         started, values = time.monotonic(), {}
         for benchmark in self._benchmarks:
-            rows = self._rows(benchmark, state.global_step, may_leave)
-            if rows is None:
-                return False
+            rows = self._rows(benchmark, state.global_step, watch)
             if state.is_world_process_zero:
                 values |= benchmark_metrics(benchmark.label, summarise(rows, benchmark.spec))
         if state.is_world_process_zero:
             self._sink.emit(Metrics(state.global_step, values | {"time/evaluate": time.monotonic() - started}))
         self._trainer.run_state.evaluated_step = state.global_step
-        return True
 
-    def _rows(self, benchmark: TrainingBenchmark, step: int, may_leave: bool) -> list[dict[str, Any]] | None:
-        """The checked answers of all processes, which take the batches in turn; None if asked to leave."""
+    def _rows(self, benchmark: TrainingBenchmark, step: int, watch: Watch | None) -> list[dict[str, Any]]:
+        """The checked answers of all processes, which take the batches in turn."""
         accelerator, rows = self._trainer.accelerator, []
         total = benchmark.num_problems * benchmark.spec.num_samples
         for first in range(0, len(benchmark.batches), accelerator.num_processes):
-            if may_leave and ranks.total_of(accelerator, [float(self._stop.requested)])[0]:
-                return None
             done = sum(len(batch.tasks) * batch.count for batch in benchmark.batches[:first])
             self._sink.emit(Progress("evaluate", done, total, {"benchmark": benchmark.label, "step": step}))
             # A rank without a batch samples nothing, but samples: weights in shards are gathered by all together.
             batch = next(iter(benchmark.batches[first + accelerator.process_index :]), _NOTHING)
-            rows += self._answered(batch, benchmark.spec)
+            rows += self._answered(batch, benchmark.spec, watch)
         return ranks.gather_list(accelerator, rows)
 
-    def _answered(self, batch: Batch, spec: EvaluateSpec) -> list[dict[str, Any]]:
+    def _answered(self, batch: Batch, spec: EvaluateSpec, watch: Watch | None) -> list[dict[str, Any]]:
         sampling = spec.sampling
         groups = self._trainer.sample(
             batch.prompts,
             batch.count,
             seed=batch.seed,
+            watch=watch,
             temperature=sampling.temperature,
             top_p=sampling.top_p,
             top_k=sampling.top_k,

@@ -17,6 +17,7 @@ import torch
 
 from erpo_core.advantages import has_contrast
 from erpo_core.errors import RunError
+from erpo_core.generation.base import watch_and_leave
 from erpo_core.job import Stop
 from erpo_core.records import Event, Progress, Sink
 from erpo_core.rewards.answers import has_answer
@@ -59,9 +60,10 @@ class Findings:
 
 
 def run_preflight(trainer: "ERPOTrainer", sink: Sink, stop: Stop) -> None:
-    """Emit ``preflight.passed`` with what was seen, or fail. A job that is asked to stop is not judged.
+    """Emit ``preflight.passed`` with what was seen, or fail.
 
     Raises:
+        LeftEarlyError: asked to leave.
         RunError: ``preflight_failed``: no group's rewards differ; the message says why, as far as that is seen.
     """
     rows = trainer.train_dataset
@@ -71,13 +73,13 @@ def run_preflight(trainer: "ERPOTrainer", sink: Sink, stop: Stop) -> None:
     with _random_state_kept():
         for start in range(0, len(order), size):
             sink.emit(Progress("generate", start, len(order)))
-            found += _look_at(trainer, [rows[index] for index in order[start : start + size]], start)
-            if found.groups_with_spread or stop.requested:
+            found += _look_at(trainer, [rows[index] for index in order[start : start + size]], start, stop)
+            if found.groups_with_spread:
                 break
     wants_box = any(name.startswith(_WANTS_BOX) for name in trainer.reward_func_names)
     if found.groups_with_spread:
         sink.emit(_passed(found, wants_box))
-    elif not stop.requested:
+    else:
         reasons = why_nothing_is_learnt(found, wants_box, trainer.max_completion_length)
         sink.emit(Event("preflight.failed", _told(found), "error", found.shares() | {"reasons": list(reasons)}))
         raise RunError(
@@ -114,11 +116,11 @@ def _told(found: Findings) -> str:
     )
 
 
-def _look_at(trainer: "ERPOTrainer", rows: list[dict[str, Any]], start: int) -> Findings:
+def _look_at(trainer: "ERPOTrainer", rows: list[dict[str, Any]], start: int, stop: Stop) -> Findings:
     """Answers of the policy to some prompts, a group each."""
     count = trainer.num_generations
     seed = (trainer.args.seed * 1_000_003 + _SEED_APART + start) % 2**31
-    groups = trainer.sample([list(row["prompt_ids"]) for row in rows], count, seed=seed)
+    groups = trainer.sample([list(row["prompt_ids"]) for row in rows], count, seed=seed, watch=watch_and_leave(stop))
     samples = [sample for group in groups for sample in group]
     ids = [sample.token_ids for sample in samples]
     texts = trainer.processing_class.batch_decode(ids, skip_special_tokens=True)

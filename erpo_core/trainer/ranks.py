@@ -1,5 +1,6 @@
 """What the processes of one run tell each other. With one process every function gives back what it was given."""
 
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -10,6 +11,8 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from erpo_core.advantages import ERPOSignals
+from erpo_core.generation.base import Engine, Sample, Watch
+from erpo_core.job import LeftEarlyError
 from erpo_core.trainer import zero
 from erpo_core.trainer.sharding import is_sharded
 from erpo_core.trainer.totals import Totals
@@ -86,6 +89,22 @@ def gather_totals(accelerator: Accelerator, totals: Totals) -> Totals:
     for state in gather_object([totals.state()]):
         whole.merge(state)
     return whole
+
+
+def sampled_together(
+    accelerator: Accelerator, engine: Engine, watch: Watch | None, prompts: list[list[int]], **call: Any
+) -> list[list[Sample]]:
+    """This rank's answers, as :meth:`erpo_core.generation.base.Engine.generate` gives them.
+
+    Raises:
+        LeftEarlyError: on all ranks, where the watch of one of them raised it.
+    """
+    engine.watch, answers = watch, None
+    with suppress(LeftEarlyError):
+        answers = engine.generate(prompts, **call)
+    if total_of(accelerator, [float(answers is None)])[0]:
+        raise LeftEarlyError
+    return answers
 
 
 def mean_of(accelerator: Accelerator, value: float) -> float:

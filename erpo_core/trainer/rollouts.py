@@ -79,7 +79,7 @@ class SampledAnswers:
         """``n`` answers of the policy as it is to each prompt; nothing of the trainer changes. All ranks must call it.
 
         Args:
-            watch: told how far they are.
+            watch: told how far they are; LeftEarlyError, which it may raise on any rank, is raised on all.
             changes: how they are sampled, in :meth:`erpo_core.generation.base.Engine.generate`'s names, where that is
                 not as in training.
         """
@@ -90,10 +90,9 @@ class SampledAnswers:
             "max_new_tokens": self.max_completion_length,
         }
         with self._autocast_scoring():  # the policy that is sampled is the one that is scored
-            stop_ids = stop_token_ids(self.processing_class)
             engine = self._engine()
-            engine.watch = watch
-            return engine.generate(prompts, n=n, stop_ids=stop_ids, seed=seed, **sampling | changes)
+            call = {"n": n, "stop_ids": stop_token_ids(self.processing_class), "seed": seed, **sampling, **changes}
+            return ranks.sampled_together(self.accelerator, engine, watch, prompts, **call)
 
     def _engine(self) -> Engine:
         """Samples from the policy as it is now."""

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from erpo_core.data.formats import Problem, problems_digest
-from erpo_core.job import JobInputs, Stop
+from erpo_core.job import JobInputs, LeftEarlyError, Stop, leaves_early
 from erpo_core.memory import SMALL_MODEL, count_parameters, rows_of_micro_batch
 from erpo_core.models import load_policy, prepare_model
 from erpo_core.records import Progress, Resolved, Result, Sink
@@ -22,7 +22,7 @@ from erpo_core.trainer.callbacks import RecordCallback
 from erpo_core.trainer.config import ERPOConfig
 from erpo_core.trainer.data import load_training_problems, make_dataset, report_dropped, with_completion_length
 from erpo_core.trainer.environment import environment
-from erpo_core.trainer.evaluating import LeftEarlyError, PolicyEvaluation, TrainingBenchmark, load_benchmarks
+from erpo_core.trainer.evaluating import PolicyEvaluation, TrainingBenchmark, load_benchmarks
 from erpo_core.trainer.preflight import run_preflight
 from erpo_core.trainer.trainer import ERPOTrainer
 
@@ -73,8 +73,9 @@ ERPO_ONLY = tuple(sorted(set(ErpoTrainSpec.model_fields) - set(GrpoTrainSpec.mod
 """Fields of the algorithm ERPO alone; they pass through as well."""
 
 
+@leaves_early
 def run_training(spec: GrpoTrainSpec, inputs: JobInputs, sink: Sink, stop: Stop) -> dict[str, Any]:
-    """Train and report. Returns the summary; ``stopped`` is true where ``stop`` ended it early, after a checkpoint.
+    """Train and report. Returns the summary, or ``{"stopped": True}`` where it was asked to leave.
 
     Raises:
         DatasetError: no problem is short enough.
@@ -120,15 +121,22 @@ def run_training(spec: GrpoTrainSpec, inputs: JobInputs, sink: Sink, stop: Stop)
 def train_to_end(
     trainer: Any, records: RecordCallback, inputs: JobInputs, sink: Sink, started: float
 ) -> dict[str, Any]:
-    """Train, and emit the summary as the result; ``stopped`` is true where it was asked to leave early."""
+    """Train, and emit the summary as the result.
+
+    Raises:
+        LeftEarlyError: asked to leave. Every step that was made is in a checkpoint.
+    """
     try:
         output = trainer.train(resume_from_checkpoint=str(inputs.resume_from) if inputs.resume_from else None)
     except LeftEarlyError:
-        return {"stopped": True}
+        if trainer.state.global_step > records.first_step:
+            trainer.save_now()
+        raise
     state = trainer.state
+    if records.stopped and state.global_step < state.max_steps:
+        raise LeftEarlyError
     summary = {
         "steps": state.global_step,
-        "stopped": records.stopped and state.global_step < state.max_steps,
         "tokens": records.tokens,
         "seconds": time.monotonic() - started,
         "train_loss": output.training_loss,

@@ -33,7 +33,7 @@ def make_sampler(args: Any, policy: Any, tokenizer: Any, accelerator: Accelerato
         RunError: ``engine_unavailable``.
     """
     if not args.use_vllm:
-        return TransformersSampler(policy, tokenizer)
+        return TransformersSampler(tokenizer)
     _check_policy(policy)
     folder = Path(args.output_dir) / ".vllm-adapters"
     if args.vllm_mode == "server":
@@ -63,18 +63,17 @@ class TransformersSampler:
     A policy in shards samples with its weights gathered: the ranks end their answers at different times.
     """
 
-    def __init__(self, policy: Any, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
-        suits = not is_sharded(policy) and PolicySnapshot.suits(policy)
-        self._snapshot = PolicySnapshot(policy) if suits else None
+        self._snapshot: PolicySnapshot | None = None
 
     def __call__(self, policy: Any) -> Engine:
         """The engine, at the policy's version."""
         if is_sharded(policy):
-            self._snapshot = None  # it holds the weights as they were before they were sharded
             return GatheredEngine(policy, self._tokenizer, fixed_shapes=False)
-        if self._snapshot is None:
+        if torch.is_autocast_enabled("cpu") or not PolicySnapshot.suits(policy):  # the copy knows no autocast
             return TransformersEngine(policy, self._tokenizer)
+        self._snapshot = self._snapshot or PolicySnapshot(policy)
         self._snapshot.refresh()
         return TransformersEngine(self._snapshot.model, self._tokenizer)
 

@@ -75,6 +75,12 @@ class WholeCheckpoints:
         best = self.run_state.best_checkpoint(checkpoints.list_steps(staging.parent))
         self.removed_checkpoints += checkpoints.rotate(staging.parent, self.args.save_total_limit, best)
 
+    def save_now(self) -> None:
+        """A checkpoint of the step that the run is at, where there is none. Not within a cycle of several updates."""
+        if not checkpoints.checkpoint_folder(Path(self.args.output_dir), self.state.global_step).exists():
+            self._save_checkpoint(self.model_wrapped, None)
+            self.control = self.callback_handler.on_save(self.args, self.state, self.control)
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As transformers' Trainer; sharded weights are written whole, the same files as without shards."""
         if not is_sharded(self.model):

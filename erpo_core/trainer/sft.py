@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from trl import SFTConfig, SFTTrainer
 
-from erpo_core.generation.base import Sample
-from erpo_core.job import JobInputs, Stop
+from erpo_core.generation.base import Sample, Watch
+from erpo_core.job import JobInputs, Stop, leaves_early
 from erpo_core.models import load_policy, prepare_model, widen_adapters
 from erpo_core.prompts import stop_token_ids
 from erpo_core.records import Progress, Resolved, Sink
 from erpo_core.rewards.verify import Verifier
 from erpo_core.specs.train import SftTrainSpec
+from erpo_core.trainer import ranks
 from erpo_core.trainer.callbacks import RecordCallback
 from erpo_core.trainer.data import load_training_problems, make_solution_dataset, report_dropped
 from erpo_core.trainer.evaluating import PolicyEvaluation, load_benchmarks
@@ -81,14 +82,16 @@ class SolutionTrainer(ShardedWeights, ZeroParts, WholeCheckpoints, SFTTrainer):
         super().__init__(*args, **kwargs)
         widen_adapters(self._policy)
         self.add_callback(SkipNonFinite(self))
-        self._engine_of: TransformersSampler | None = None
+        self._engine_of = TransformersSampler(self.processing_class)
 
-    def sample(self, prompts: list[list[int]], n: int, *, seed: int, **sampling: float) -> list[list[Sample]]:
-        """``n`` answers of the policy as it is to each prompt; nothing of the trainer changes."""
-        self._engine_of = self._engine_of or TransformersSampler(self._policy, self.processing_class)
+    def sample(
+        self, prompts: list[list[int]], n: int, *, seed: int, watch: Watch | None = None, **sampling: float
+    ) -> list[list[Sample]]:
+        """As :meth:`erpo_core.trainer.rollouts.SampledAnswers.sample`."""
         with self.accelerator.autocast() if self.args.bf16 else nullcontext():
-            stop_ids = stop_token_ids(self.processing_class)
-            return self._engine_of(self._policy).generate(prompts, n=n, stop_ids=stop_ids, seed=seed, **sampling)
+            engine = self._engine_of(self._policy)
+            call = {"n": n, "stop_ids": stop_token_ids(self.processing_class), "seed": seed, **sampling}
+            return ranks.sampled_together(self.accelerator, engine, watch, prompts, **call)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """TRL's, with the count of skipped steps."""
@@ -122,6 +125,7 @@ class SolutionRecords(RecordCallback):
         return self._counted - before
 
 
+@leaves_early
 def run_sft(spec: SftTrainSpec, inputs: JobInputs, sink: Sink, stop: Stop) -> dict[str, Any]:
     """Train on solutions and report. Returns the summary, as :func:`erpo_core.trainer.run.run_training` does.
 

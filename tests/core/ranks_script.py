@@ -2,8 +2,7 @@
 
 A case is a JSON object with ``name``, ``kind`` and what its function takes; what it found is written to OUT/name. In
 ``update`` the answers come from a fixed table: every layout samples and rewards the same way, so that only the split
-over ranks and micro-batches differs. In ``resume`` and ``not_finite``
-the policy samples.
+over ranks and micro-batches differs. In the others the policy samples.
 """
 
 import json
@@ -19,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from erpo_core import ERPOConfig, ERPOTrainer
 from erpo_core.generation.base import Sample
+from erpo_core.job import LeftEarlyError
 from erpo_core.trainer.sharding import is_sharded, whole
 from erpo_core.trainer.zero import engine_of
 
@@ -240,8 +240,36 @@ def not_finite(model: str, out: Path, **settings) -> None:
         (out / "found.json").write_text(json.dumps(found))
 
 
+def leave(model: str, out: Path, **settings) -> None:
+    """The second rank is asked to leave while the answers of the third step grow."""
+
+    class Asked(ERPOTrainer):
+        def watch(self, tokens, ended):
+            if self.state.global_step == 2 and self.accelerator.process_index == 1:
+                raise LeftEarlyError
+
+    trainer = trainer_of(
+        Asked,
+        model,
+        [f"{a}+{a}=" for a in range(12)],
+        tuning="lora",
+        output_dir=str(out),
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=1,
+        max_steps=6,
+        learning_rate=1e-2,
+        save_steps=4,
+        **settings,
+    )
+    try:
+        trainer.train()
+    except LeftEarlyError:
+        trainer.save_now()
+        (out / f"left-{trainer.accelerator.process_index}").touch()
+
+
 def main(model: str, out: str, cases: str) -> None:
-    kinds = {"update": update, "resume": resume, "sft": sft, "not_finite": not_finite}
+    kinds = {"update": update, "resume": resume, "sft": sft, "not_finite": not_finite, "leave": leave}
     for case in json.loads(cases):
         folder = Path(out) / case.pop("name")
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,7 @@
 """The engine gives what transformers' own generate gives, and fan-out changes nothing but the speed."""
 
 from itertools import chain
+from types import SimpleNamespace
 
 import pytest
 
@@ -9,11 +10,12 @@ torch = pytest.importorskip("torch")
 from transformers import AutoModelForCausalLM  # noqa: E402
 
 from erpo_core.generation import fixed  # noqa: E402
-from erpo_core.generation.base import Sampling  # noqa: E402
+from erpo_core.generation.base import Sampling, watch_and_leave  # noqa: E402
 from erpo_core.generation.cache import RoomyLayer  # noqa: E402
 from erpo_core.generation.drawing import draw  # noqa: E402
-from erpo_core.generation.snapshot import PolicySnapshot, StreamedLinear  # noqa: E402
+from erpo_core.generation.snapshot import PackedLinear, PolicySnapshot  # noqa: E402
 from erpo_core.generation.transformers import TransformersEngine  # noqa: E402
+from erpo_core.job import LeftEarlyError  # noqa: E402
 from erpo_core.models import load_model  # noqa: E402
 from erpo_core.prefill import pad_prompts  # noqa: E402
 from tiny_model import make_tiny_model  # noqa: E402
@@ -99,6 +101,22 @@ def test_the_same_seed_gives_the_same_answers_and_another_seed_others(tiny, engi
     common = {"n": 2, "temperature": 1.0, "max_new_tokens": 16, "stop_ids": [2]}
     assert engine.generate(prompts, seed=1, **common) == engine.generate(prompts, seed=1, **common)
     assert engine.generate(prompts, seed=1, **common) != engine.generate(prompts, seed=2, **common)
+
+
+@pytest.mark.parametrize("fixed_shapes", [False, True])
+def test_a_job_that_is_asked_to_leave_gives_its_answers_up_at_once(tiny, fixed_shapes):
+    engine, told, stop = TransformersEngine(*tiny, fixed_shapes=fixed_shapes), [], SimpleNamespace(requested=False)
+
+    def watch(tokens, ended):
+        told.append(tokens)
+        stop.requested = sum(told) >= 30
+
+    engine.watch = watch_and_leave(stop, watch)
+    with pytest.raises(LeftEarlyError):
+        engine.generate(encoded(tiny[1]), n=2, max_new_tokens=90, stop_ids=[])
+    assert 30 <= sum(told) < 30 + 6 * fixed.CHUNK
+    engine.watch = None
+    assert engine.generate(encoded(tiny[1]), max_new_tokens=2, stop_ids=[]), "the engine is as good as before"
 
 
 def test_the_prompt_is_computed_once_and_ended_answers_leave_the_batch(tiny, engine, monkeypatch):
@@ -229,11 +247,14 @@ def test_a_snapshot_samples_what_the_policy_samples_and_leaves_its_base_alone(fo
 
 
 @pytest.mark.parametrize("rows", [1, 3, 9, 16, 17, 64, 65])
-def test_a_streamed_linear_is_a_linear(rows):
+def test_a_packed_linear_is_a_linear(rows):
     plain = torch.nn.Linear(24, 40)
-    streamed = StreamedLinear(plain.weight, plain.bias)
+    packed = PackedLinear(plain.bias)
     states = torch.randn(rows, 1, 24)
-    torch.testing.assert_close(streamed(states), plain(states), atol=1e-5, rtol=1e-5)
+    with torch.no_grad():
+        for weight in (plain.weight, plain.weight.copy_(torch.randn(40, 24))):
+            packed.fill(weight)
+            torch.testing.assert_close(packed(states), plain(states), atol=1e-5, rtol=1e-5)
 
 
 def test_only_plain_lora_in_float32_has_a_snapshot(folder):

@@ -31,11 +31,20 @@ from pathlib import Path
 from erpo_core.data.datasets import load_problems
 from erpo_core.data.store import fetch_benchmark
 from erpo_core.errors import RunError
-from erpo_core.models import prepare_model
+from erpo_core.job import JobInputs, ModelInput
+from erpo_core.models import policy_info, prepare_model
 
 folder, found = Path(sys.argv[1]), []
+
+
+def base(name):
+    inputs = JobInputs("job", "run", 1, folder, folder, ModelInput(name))
+    return policy_info(inputs, prepare_model(name, cache_dir=folder), dtype="float32", device="cpu")["base"]
+
+
 asks = {
     "model": lambda name: str(prepare_model(name, cache_dir=folder)),
+    "base": base,
     "data set": lambda name: len(load_problems(name, data_root=None, cache_dir=folder)),
     "benchmark": lambda name: str(fetch_benchmark(name, folder / "data", cache_dir=folder).path),
 }
@@ -132,6 +141,13 @@ def test_a_model_and_a_benchmark_come_whole(hub, tiny, tmp_path):
     rows = [json.loads(line) for line in benchmark.read_text().splitlines()]
     assert len(rows) == 1319
     assert (rows[7]["problem"], rows[7]["answer"]) == ("7 + 1?", "8")
+
+
+def test_what_came_from_a_hub_is_named_with_its_commit(hub, tmp_path):
+    found = ask(hub, tmp_path, ("base", "org/tiny"), ("base", f"org/tiny@{COMMIT[:7]}"), ("base", f"org/tiny@{COMMIT}"))
+    assert found[0] == [None, f"org/tiny@{COMMIT}"]
+    assert found[2] == [None, f"org/tiny@{COMMIT}"]
+    assert found[1] == [None, f"org/tiny@{COMMIT[:7]}"], "it says which one already"
 
 
 def test_a_refusal_says_what_to_mend(hub, tmp_path):

@@ -78,6 +78,7 @@ CASES = {
         an_update("dead groups", "2,1,1,erpo,group", **DEAD),
         an_sft("sft", LORA, strategy="ddp", **TWO),
         an_sft("sft, bfloat16", LORA, bf16=True, strategy="ddp", **TWO),
+        {"name": "leave", "kind": "leave"},
     ],
     "three": [an_update("dead groups of twelve", "4,1,1,erpo,group", **DEAD)],
     "fsdp2": [
@@ -89,6 +90,7 @@ CASES = {
         an_update("dead groups, no KL term", "8,1,1,erpo,group", judged="every other prompt", beta=0.0),
         {"name": "resume", "kind": "resume"},
         {"name": "resume, every weight", "kind": "resume", "tuning": "full"},
+        {"name": "leave", "kind": "leave"},
         an_sft("sft, every weight", None, strategy="fsdp2", **TWO),
     ],
     "zero2": [
@@ -115,6 +117,7 @@ CASES = {
         {"name": "resume", "kind": "resume", **PARTED},
         {"name": "resume, every weight", "kind": "resume", "tuning": "full", **PARTED},
         {"name": "not finite", "kind": "not_finite", **PARTED},
+        {"name": "leave", "kind": "leave", **PARTED},
     ],
 }
 """What is run, in one launch for each strategy."""
@@ -268,6 +271,13 @@ def test_a_sharded_run_resumes_to_the_last_bit_from_files_that_are_whole(launche
     if case == "resume":
         loaded = PeftModel.from_pretrained(loaded, checkpoint)
     assert all(torch.equal(weight, weights[name]) for name, weight in loaded.named_parameters())
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "zero3, parted"])
+def test_ranks_leave_together_while_answers_grow(launched, strategy):
+    folder = launched(strategy) / "leave"
+    assert {path.name for path in folder.iterdir()} - {"README.md"} == {"left-0", "left-1", "checkpoint-2"}
+    assert is_whole(folder / "checkpoint-2")
 
 
 @pytest.mark.parametrize("strategy", ["zero2", "zero3, parted"])

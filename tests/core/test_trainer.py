@@ -187,7 +187,7 @@ def test_what_would_undo_erpo_is_refused_by_name(tmp_path, option, value):
 
 
 class Records:
-    """A sink that keeps everything, and a stop that is asked for after a step."""
+    """A sink that keeps everything, and a stop that is asked for once a step's metrics have come."""
 
     def __init__(self, stop_after: int | None = None) -> None:
         self.by_kind = defaultdict(list)
@@ -198,7 +198,7 @@ class Records:
 
     @property
     def requested(self) -> bool:
-        return self._stop_after is not None and len(self.by_kind["metrics"]) + 1 >= self._stop_after
+        return self._stop_after is not None and len(self.by_kind["metrics"]) >= self._stop_after
 
 
 def train(tiny, work_dir, *, stop_after=None, resume_from=None, records=None, **changes) -> Records:
@@ -316,9 +316,10 @@ def test_the_first_step_of_a_fresh_adapter_has_no_progress_and_is_grpo(tiny, tmp
 @pytest.mark.bitwise
 def test_a_stopped_run_goes_on_as_if_it_had_never_stopped(tiny, tmp_path):
     whole = train(tiny, tmp_path / "whole")
-    stopped = train(tiny, tmp_path / "part", stop_after=2)
-    assert [c.step for c in stopped.by_kind["checkpoint"]][-1] == 2
-    resumed = train(tiny, tmp_path / "rest", resume_from=tmp_path / "part" / "checkpoints" / "checkpoint-2")
+    stopped = train(tiny, tmp_path / "part", stop_after=3)
+    assert [c.step for c in stopped.by_kind["checkpoint"]] == [2, 3], "3 is no multiple of save_steps"
+    assert stopped.by_kind["result"] == []
+    resumed = train(tiny, tmp_path / "rest", resume_from=tmp_path / "part" / "checkpoints" / "checkpoint-3")
     kept = [r.values for r in whole.by_kind["metrics"]]
     again = [r.values for r in (*stopped.by_kind["metrics"], *resumed.by_kind["metrics"])]
     assert len(kept) == len(again) == 4

@@ -11,6 +11,7 @@ from erpo_core.errors import RunError
 from erpo_core.generation.adapters import digest_of, scaled_pairs
 from erpo_core.generation.transformers import TransformersEngine
 from erpo_core.generation.vllm import VLLMEngine
+from erpo_core.job import LeftEarlyError
 from erpo_core.models import load_model
 from erpo_core.prompts import stop_token_ids
 from erpo_core.trainer.scoring import pad_rollouts, score_rollouts
@@ -108,6 +109,25 @@ def test_calls_are_answered_in_order_while_the_next_one_has_begun(engine, ask, l
     assert ids([*next(answers)]) == expected[:1]
     assert len(asked) == 3
     assert [ids(groups) for groups in answers] == [[group] for group in expected[1:]]
+
+
+def test_a_job_that_is_asked_to_leave_gives_its_answers_up_at_once(engine, ask):
+    whole = ids(ask())
+    told = []
+
+    def watch(tokens, ended):
+        told.append(ended)
+        if len(told) == 3:
+            raise LeftEarlyError
+
+    engine.watch = watch
+    try:
+        with pytest.raises(LeftEarlyError):
+            ask(max_new_tokens=200, stop_ids=[])
+    finally:
+        engine.watch = None
+    assert told == [0, 0, 0]
+    assert ids(ask()) == whole, "what was given up is in no later batch"
 
 
 def test_an_answer_ends_with_any_of_the_stop_tokens_and_with_nothing_else(ask, loaded, prompts):

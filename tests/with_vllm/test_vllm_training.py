@@ -130,7 +130,7 @@ def test_a_step_on_the_adapter_of_the_step_before_is_refused(train, tmp_path, mo
     assert caught.value.code == "stale_adapter"
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "zero2", "zero3"])
 def test_each_rank_samples_its_share_with_an_engine_of_its_own(tiny, tmp_path, strategy):
     script = Path(__file__).with_name("ranks_vllm_script.py")
     paths = os.pathsep.join(str(Path(__file__).parents[up]) for up in (0, 1, 2))

@@ -56,6 +56,23 @@ def test_a_run_that_started_from_a_run_has_the_first_ones_base(database, setting
     assert second.run_id in str(model.adapter_path)
 
 
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_model_from_a_hub_stays_at_the_commit_that_was_fetched_first(database, settings, nested):
+    """By a later attempt, and under the adapters that were trained on it."""
+    fetched = {"base": "org/name@" + "a" * 40}
+    with database.write() as session:
+        claim = train(session, settings, model="org/name")
+        assert resolve_inputs(session, claim, settings).model == ModelInput("org/name")
+        found = Resolved({"model": fetched} if nested else fetched)
+        apply_records(session, job_id=claim.job_id, run_id=claim.run_id, attempt=1, records=[found])
+        assert resolve_inputs(session, claim, settings).model == ModelInput(fetched["base"])
+        trained = resolve_model(session, {"run": claim.run_id})
+        second = train(session, settings, model={"run": claim.run_id})
+        of_both = resolve_model(session, {"run": second.run_id})
+    assert (trained.base, of_both.base) == (fetched["base"], fetched["base"])
+    assert step_of(trained) == "step-30"
+
+
 def test_a_checkpoint_of_every_weight_is_a_base_and_no_adapter(database, settings):
     with database.write() as session:
         claim = train(session, settings, lora=None)
