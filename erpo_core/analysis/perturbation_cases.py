@@ -189,7 +189,7 @@ class CaseFinder:
         stored = self.traces.get((prompt_id(group), 0))
         if stored is None or stored.token_ids != token_ids:
             pivots = np.array(sorted(set(positions.get("high", []))), dtype=np.int64)
-            options = {"temperature": temperature, "top_k": _TRACE_ALTERNATIVES}
+            options = {"temperature": temperature, "top_k": _TRACE_ALTERNATIVES, "verifier": self.verifier}
             self.sink.emit(trace_of(self.model, self.tokenizer, scored, pivots, self.info, **options))
         last = int(np.flatnonzero(eligible)[-1]) + 1
         variants = {arm: _variants(spec, arm, token_ids, found, last) for arm, found in edits.items()}

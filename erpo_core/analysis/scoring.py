@@ -11,6 +11,7 @@ from erpo_core.analysis.tokens import display_tokens
 from erpo_core.codec import encode_trace
 from erpo_core.logits import TokenScores, score_tokens, top_alternatives
 from erpo_core.records import Trace
+from erpo_core.rewards.verify import Verifier
 
 
 @dataclass
@@ -102,9 +103,22 @@ def best_tokens(model, scored: Scored, positions: np.ndarray, k: int, *, tempera
 
 
 def trace_of(
-    model, tokenizer, scored: Scored, pivots: np.ndarray, info: dict[str, Any], *, temperature: float, top_k: int
+    model,
+    tokenizer,
+    scored: Scored,
+    pivots: np.ndarray,
+    info: dict[str, Any],
+    *,
+    temperature: float,
+    top_k: int,
+    verifier: Verifier | None = None,
 ) -> Trace:
-    """The record that stores an answer's channels, with up to ``top_k`` alternatives at its pivots."""
+    """The record that stores an answer's channels, with up to ``top_k`` alternatives at its pivots.
+
+    Args:
+        verifier: judges an answer whose right one is known.
+    """
+    text = tokenizer.decode(scored.token_ids, skip_special_tokens=True)
     tokens = display_tokens(tokenizer, scored.token_ids)
     entropies = scored.columns["entropy"]
     stats, histogram = sequence_stats(entropies[scored.countable])
@@ -114,7 +128,7 @@ def trace_of(
         "group": scored.group,
         "sample": scored.sample,
         "prompt": scored.prompt,
-        "completion": tokenizer.decode(scored.token_ids, skip_special_tokens=True),
+        "completion": text,
         "num_tokens": len(tokens),
         "tokens": tokens,
         "stats": stats,
@@ -131,6 +145,7 @@ def trace_of(
             for position, found in zip(pivots, alternatives, strict=True)
         ],
         "gold": scored.gold,
+        "verdict": str(verifier.check(scored.gold, text)) if verifier and scored.gold else None,
         "special_positions": np.flatnonzero(~scored.countable).tolist(),
         "model_digest": info["model_digest"],
         "adapter_digest": info["adapter_digest"],

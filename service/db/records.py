@@ -53,6 +53,7 @@ _ORIGIN_FIELDS = (
     "head_dtype",
     "exact",
     "gold",
+    "verdict",
     "special_positions",
 )
 

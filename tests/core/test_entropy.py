@@ -205,11 +205,12 @@ def test_stored_answers_are_scored_under_the_prompt_that_they_were_sampled_with(
     traces, summary = analyse(given, source={"run": "run_" + "0" * 32})
     expected, _ = analyse(inputs(tiny), texts=TEXTS, prompt={"template": "raw"})
     assert summary["num_sequences"] == 3
-    assert [(t.meta["group"], t.meta["sample"], t.meta["gold"]) for t in traces] == [
-        (0, 0, "42"),
-        (1, 0, "42"),
-        (0, 1, "42"),
+    assert [(t.meta["group"], t.meta["sample"], t.meta["gold"], t.meta["verdict"]) for t in traces] == [
+        (0, 0, "42", "right"),
+        (1, 0, "42", "unparsable"),
+        (0, 1, "42", "right"),
     ]
+    assert {t.meta["verdict"] for t in expected} == {None}
     assert [t.payload for t in traces[:2]] == [t.payload for t in expected]
 
 

@@ -255,6 +255,10 @@ def test_a_run_reports_metrics_completions_traces_and_checkpoints(tiny, tmp_path
         columns = decode_trace(trace.payload)
         assert len(columns["entropy"]) == len(trace.meta["tokens"]) == trace.meta["num_tokens"]
         assert np.abs(columns["advantage"]).max() > 0
+    rows = {(c.step, r["prompt_id"], r["sample"]): r for c in records.by_kind["completions"] for r in c.rows}
+    for trace in records.by_kind["trace"]:
+        row = rows[trace.step, trace.meta["prompt_id"], trace.meta["sample"]]
+        assert (trace.meta["verdict"], trace.meta["reward"]) == (row["verdict"], row["reward"])
 
 
 def test_progress_is_told_while_the_answers_of_a_step_grow(tiny, tmp_path, monkeypatch):

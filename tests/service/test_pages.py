@@ -204,7 +204,7 @@ def _trace(step: int, *, sample: int = 0, training: bool = False, shift: float =
             for p in PIVOTS
         ],
         **{"model_digest": "m", "adapter_digest": None, "tokenizer_digest": "t", "temperature": 1.0},
-        **{"dtype": "float32", "head_dtype": "float32", "exact": True},
+        **{"dtype": "float32", "head_dtype": "float32", "exact": True, "verdict": "wrong" if sample else "right"},
     }
     return Trace(step, meta, encode_trace(columns))
 
@@ -318,6 +318,7 @@ def test_another_answer_is_one_key_away(service, page):
     base, runs = service
     page.goto(f"{base}/analyze/entropy/{runs['entropy']}")
     page.locator(".pick[aria-current]").wait_for()
+    assert [mark.get_attribute("aria-label") for mark in page.locator(".pick .verdict").all()[:2]] == ["right", "wrong"]
     page.keyboard.press("]")
     expect(page).to_have_url(re.compile("#n=1"))
 

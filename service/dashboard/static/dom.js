@@ -53,6 +53,12 @@ export function when(text) {
     : date.toLocaleString("en-GB", { day: "numeric", month: "short", hour: "2-digit", minute: "2-digit" });
 }
 
+const MARKS = { right: "✓", wrong: "✗", timeout: "⌛", unparsable: "∅", crashed: "!" };
+
+// What the verifier said of an answer, as one sign.
+export const verdictMark = (verdict) =>
+  el("span", { class: `verdict ${verdict === "right" ? "good" : "bad"}`, title: verdict, "aria-label": verdict }, MARKS[verdict] || "?");
+
 export const pill = (status, stalled = false) =>
   el("span", { class: `pill is-${status}`, title: stalled ? "No worker has taken it yet" : null }, stalled ? `${status} · waiting for a worker` : status);
 

@@ -1,10 +1,9 @@
 // The problems of an evaluation, each opened to its answers on demand.
 import { getJson, query, showNotice } from "./api.js";
-import { byId, clip, el, number, visible } from "./dom.js";
+import { byId, clip, el, number, verdictMark, visible } from "./dom.js";
 import { shareBar } from "./shares.js";
 
 const PAGE = 200, SHOWN = 100, MAX_PROBLEMS = 10000;
-const MARKS = { right: "✓", wrong: "✗", timeout: "⌛", unparsable: "∅", crashed: "!" };
 const ORDERS = {
   file: (a, b) => a.group - b.group,
   hard: (a, b) => a.num_right - b.num_right || a.group - b.group,
@@ -93,9 +92,9 @@ export class Problems {
 }
 
 function answerBox(answer) {
-  const verdict = answer.verdict || "?", good = answer.verdict === "right";
+  const verdict = answer.verdict || "?";
   return el("details", { class: "answer-box" },
-    el("summary", {}, el("span", { class: `verdict ${good ? "good" : "bad"}` }, MARKS[verdict] || "?"), ` ${verdict} `,
+    el("summary", {}, verdictMark(verdict), ` ${verdict} `,
       answer.truncated ? el("span", { class: "tag" }, "cut") : null,
       el("span", { class: "muted small" }, ` sample ${answer.sample} · ${number(answer.num_tokens)} tokens · …${visible(answer.completion.trim().replace(/\s+/g, " ").slice(-90))}`)),
     el("div", { class: "answer-text" }, visible(answer.completion)));

@@ -1,6 +1,6 @@
 // Sampled answers of a step (training) or all answers (evaluation).
 import { getJson, query } from "./api.js";
-import { byId, el, number, visible } from "./dom.js";
+import { byId, el, number, verdictMark, visible } from "./dom.js";
 
 const LIMIT = 64;
 
@@ -45,10 +45,9 @@ export class Completions {
 
   row(row, evaluation, named) {
     const verdict = row.verdict || (row.rewards?.accuracy > 0 ? "right" : "wrong");
-    const mark = { right: "✓", wrong: "✗", timeout: "⌛" }[verdict] || "?";
     const rewards = named.map((name) => `${name} ${number(row.rewards?.[name])}`).join(", ");
     return el("tr", {},
-      el("td", { class: `verdict ${verdict === "right" ? "good" : "bad"}`, title: verdict }, el("span", { "aria-label": verdict }, mark)),
+      el("td", { class: "mark" }, verdictMark(verdict)),
       el("td", { class: "clipped", title: row.prompt }, lastLine(row.problem || row.prompt || row.prompt_id)),
       el("td", { class: "answer" }, visible(row.completion || ""), row.truncated ? el("span", { class: "tag" }, "cut") : null),
       el("td", { class: "mono clipped" }, row.gold ?? ""),

@@ -4,7 +4,7 @@ import { LineChart } from "./chart.js";
 import { CHANNELS, css, colourAt, defaultTop, domainOf, paletteOf } from "./colour.js";
 import { startBranch } from "./branching.js";
 import { chooseOther, withDifference } from "./difference.js";
-import { byId, clip, el, entropyText, modelName, number, pill, shortId, visible } from "./dom.js";
+import { byId, clip, el, entropyText, modelName, number, pill, shortId, verdictMark, visible } from "./dom.js";
 import { showCard } from "./token_card.js";
 import { TokenView } from "./token_view.js";
 
@@ -55,7 +55,7 @@ function showList() {
     if (sequence.reward !== null && sequence.reward !== undefined) facts.push(`r ${number(sequence.reward)}`);
     return el("li", {}, el("button", { type: "button", class: "pick", "aria-current": sequence.n === state.n ? "true" : null, onclick: () => choose(sequence.n) },
       el("span", { class: "pick-text" }, clip(visible(sequence.completion || "(empty)"), 90)),
-      el("span", { class: "muted small mono" }, facts.join("  ")), meter));
+      el("span", { class: "muted small mono" }, sequence.verdict ? [verdictMark(sequence.verdict), "  "] : null, facts.join("  ")), meter));
   }));
 }
 
