@@ -4,6 +4,8 @@ vLLM copies the adapter's weights for every token and multiplies row by row, whi
 they are two plain products.
 """
 
+import torch
+from torch import Tensor
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 
 
@@ -20,21 +22,36 @@ class PlainProducts(PunicaWrapperCPU):
         alike = len(places) > 0 and bool((places == places[0]).all()) and places[0] >= 0
         self._only = int(places[0]) if alike else None
 
-    def _apply_shrink(self, y, x, w_t_all, scale) -> None:
+    def add_lora_linear(
+        self,
+        y: Tensor,
+        x: Tensor,
+        lora_a_stacked: tuple[Tensor, ...],
+        lora_b_stacked: tuple[Tensor, ...],
+        scale: float,
+        output_slices: tuple[int, ...],
+        **kwargs,
+    ) -> None:
+        """As vLLM's: x @ A @ B * scale is added to the slices of y (tokens, features)."""
         if self._only is None:
-            super()._apply_shrink(y, x, w_t_all, scale)
+            super().add_lora_linear(y, x, lora_a_stacked, lora_b_stacked, scale, output_slices, **kwargs)
             return
-        down = w_t_all[self._only].view(-1, w_t_all.shape[-1])
-        y[:, : len(down)] = scale * (x.to(y.dtype) @ down.to(y.dtype).T)
+        slices = y.view(-1, y.shape[-1]).split(output_slices, dim=1)
+        for part, down, up in zip(slices, lora_a_stacked, lora_b_stacked, strict=True):
+            self._add(part, x, down, up, scale)
 
-    def _apply_expand(self, y, x, w_t_all, y_offset, y_slice_size, add_inputs=True) -> None:
+    def add_lora_logits(
+        self, y: Tensor, x: Tensor, lora_a_stacked: Tensor, lora_b_stacked: Tensor, scale: float, **kwargs
+    ) -> None:
+        """As vLLM's, which calls it for the head even where no adapter has one."""
         if self._only is None:
-            super()._apply_expand(y, x, w_t_all, y_offset, y_slice_size, add_inputs)
+            super().add_lora_logits(y, x, lora_a_stacked, lora_b_stacked, scale, **kwargs)
             return
-        up = w_t_all[self._only].view(-1, w_t_all.shape[-1])
-        part = y[:, y_offset : y_offset + y_slice_size]
-        product = x.to(y.dtype) @ up.to(y.dtype).T
-        if add_inputs:
-            part += product
-        else:
-            part.copy_(product)
+        logits = y.view(-1, y.shape[-1])[:, : lora_b_stacked.shape[-2]]
+        self._add(logits, x, lora_a_stacked, lora_b_stacked, scale)
+
+    def _add(self, part: Tensor, x: Tensor, downs: Tensor, ups: Tensor, scale: float) -> None:
+        """What lies between the products is float32, as in vLLM, until it meets the second one."""
+        down, up = downs[self._only, 0], ups[self._only, 0]
+        inner = torch.mm(x.view(-1, x.shape[-1]).float(), down.float().T)
+        part.addmm_(inner.to(part.dtype), up.T, alpha=scale)
