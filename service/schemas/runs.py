@@ -97,6 +97,7 @@ class Sequence(BaseModel):
     completion: str | None
     num_tokens: int
     reward: float | None
+    verdict: str | None = Field(description="On the answer, where the right one is known: `right`, `wrong`, ...")
     advantage: float | None
     stats: dict[str, float | None]
     group_stats: dict[str, Any]
