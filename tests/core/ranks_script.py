@@ -12,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+import torch.distributed as dist
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
@@ -274,6 +275,8 @@ def main(model: str, out: str, cases: str) -> None:
         folder = Path(out) / case.pop("name")
         folder.mkdir(parents=True, exist_ok=True)
         kinds[case.pop("kind")](model, folder, **case)
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

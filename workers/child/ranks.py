@@ -35,6 +35,14 @@ def become_launcher(count: int, strategy: str, path: str) -> None:
     os.execv(sys.executable, [sys.executable, *launcher(strategy, count), "-m", "workers.child", path])
 
 
+def leave_group() -> None:
+    """End what binds the ranks: where a process ends with its group's threads alive, torch may abort it."""
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 class Silence:
     """The sink of a rank that does not report."""
 
