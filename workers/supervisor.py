@@ -91,6 +91,7 @@ class Supervisor:
             "ERPO_RECORD_SOCKET": str(socket_path),
             "ERPO_SUPERVISOR_PID": str(os.getpid()),
             "PYTHONUNBUFFERED": "1",
+            "PYTHONFAULTHANDLER": "1",  # where a library crashes, the log says what Python was at
         }
         return subprocess.Popen(
             [*self._command, str(job_file)],

@@ -159,8 +159,9 @@ def launched(tiny, data_root, tmp_path_factory):
             launch = LAUNCHERS[strategy]
             command = [sys.executable, *launch, str(SCRIPT), str(tiny), str(done[strategy]), json.dumps(cases)]
             environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+            environment["PYTHONFAULTHANDLER"] = "1"
             run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=800, check=False)
-            assert run.returncode == 0, run.stderr[-3000:]
+            assert run.returncode == 0, run.stderr[-9000:]
         return done[strategy]
 
     return of
