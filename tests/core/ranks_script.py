@@ -94,6 +94,21 @@ def trainer_of(kind: type[ERPOTrainer], model: str, prompts: list[str], *, tunin
     )
 
 
+def sampling_trainer(kind: type[ERPOTrainer], model: str, out: Path, *, tuning: str = "lora", **settings):
+    """One that samples itself, four answers a rank and step."""
+    return trainer_of(
+        kind,
+        model,
+        [f"{a}+{a}=" for a in range(12)],
+        tuning=tuning,
+        output_dir=str(out),
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=1,
+        learning_rate=1e-2,
+        **settings,
+    )
+
+
 def update(model: str, out: Path, layout: str, tuning: str = "lora", max_grad_norm: float = 1e9, **settings) -> None:
     """Three steps of plain gradient descent."""
     per_device, accumulation, steps_per_generation, loss_type, entropy_stats = layout.split(",")
@@ -124,16 +139,12 @@ def update(model: str, out: Path, layout: str, tuning: str = "lora", max_grad_no
 def resume(model: str, out: Path, tuning: str = "lora", **settings) -> None:
     """Six steps, and the last three again from the checkpoint of step 3."""
     for name, source in (("whole", None), ("again", out / "whole" / "checkpoint-3")):
-        trainer = trainer_of(
+        trainer = sampling_trainer(
             ERPOTrainer,
             model,
-            [f"{a}+{a}=" for a in range(12)],
+            out / name,
             tuning=tuning,
-            output_dir=str(out / name),
-            per_device_train_batch_size=4,
-            gradient_accumulation_steps=1,
             max_steps=6,
-            learning_rate=1e-2,
             save_strategy="steps",
             save_steps=3,
             noise_floor_every=2,
@@ -212,19 +223,7 @@ def not_finite(model: str, out: Path, **settings) -> None:
         def on_step_end(self, args, state, control, **_):
             versions.append(fingerprint())
 
-    trainer = trainer_of(
-        Broken,
-        model,
-        [f"{a}+{a}=" for a in range(12)],
-        tuning="lora",
-        output_dir=str(out),
-        per_device_train_batch_size=4,
-        gradient_accumulation_steps=1,
-        max_steps=3,
-        learning_rate=1e-2,
-        save_strategy="no",
-        **settings,
-    )
+    trainer = sampling_trainer(Broken, model, out, max_steps=3, save_strategy="no", **settings)
 
     def fingerprint() -> list[float]:
         return [whole(p).double().sum().item() for p in trainer.model.parameters() if p.requires_grad]
@@ -249,19 +248,7 @@ def leave(model: str, out: Path, **settings) -> None:
             if self.state.global_step == 2 and self.accelerator.process_index == 1:
                 raise LeftEarlyError
 
-    trainer = trainer_of(
-        Asked,
-        model,
-        [f"{a}+{a}=" for a in range(12)],
-        tuning="lora",
-        output_dir=str(out),
-        per_device_train_batch_size=4,
-        gradient_accumulation_steps=1,
-        max_steps=6,
-        learning_rate=1e-2,
-        save_steps=4,
-        **settings,
-    )
+    trainer = sampling_trainer(Asked, model, out, max_steps=6, save_steps=4, **settings)
     try:
         trainer.train()
     except LeftEarlyError:
