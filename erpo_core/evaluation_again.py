@@ -5,7 +5,7 @@ from typing import Any
 from erpo_core.evaluation_answers import credited
 from erpo_core.evaluation_identity import evaluation_identity
 from erpo_core.evaluation_summary import summarise
-from erpo_core.job import JobInputs, Stop, leave_if_asked, leaves_early
+from erpo_core.job import JobInputs, Stop, leave_if_asked
 from erpo_core.records import Completions, Progress, Resolved, Result, Sink
 from erpo_core.rewards.verify import Verifier, verifier_version
 from erpo_core.specs.evaluate import EvaluateSpec
@@ -14,14 +14,11 @@ _TOGETHER = 256
 _PROCESSES = 2
 
 
-@leaves_early
 def judge_again(spec: EvaluateSpec, inputs: JobInputs, sink: Sink, stop: Stop) -> dict[str, Any]:
-    """Judge the answers of ``inputs.source``; emits Resolved, Progress, Completions and Result.
-
-    Returns:
-        The result, or ``{"stopped": True}`` if it was asked to leave: what it has judged so far is stored.
+    """Judge the answers of ``inputs.source``; emits Resolved, Progress, Completions and Result, which it returns.
 
     Raises:
+        LeftEarlyError: asked to leave: what it has judged so far is stored.
         RunError: ``verifier_unavailable``.
     """
     resolved, answers = inputs.source["resolved"], inputs.source["answers"]
