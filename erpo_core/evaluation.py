@@ -19,7 +19,8 @@ from erpo_core.evaluation_model import EvaluatedModel
 from erpo_core.evaluation_summary import summarise
 from erpo_core.generation.base import Engine, watch_and_leave
 from erpo_core.job import JobInputs, Stop, leaves_early
-from erpo_core.records import Progress, Resolved, Result, Sink
+from erpo_core.records import Progress, Result, Sink
+from erpo_core.resolved import report_resolved
 from erpo_core.rewards.verify import Verifier
 from erpo_core.specs.evaluate import EvaluateSpec
 
@@ -66,7 +67,7 @@ def _answer(
     """Sample what is missing of a run."""
     missing = [batch for batch in model.batches if not book.has_all(batch.keys)]
     engine = model.engine_of(run) if missing else None
-    sink.emit(Resolved(model.resolved(run), run.run_id))
+    report_resolved(sink, run, model.resolved(run))
     if engine is not None:
         _sample_all(engine, model.stop_ids, missing, spec, book, stop)
 

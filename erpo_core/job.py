@@ -1,7 +1,7 @@
 """What a job's entry function receives beside its specification and its sink, and how it leaves early."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import wraps
 from pathlib import Path
 from typing import Any, Protocol
@@ -38,8 +38,10 @@ class JobInputs:
     """Traces that they have stored: ``prompt_id``, ``sample``, ``blob`` (of the codec, base64) and ``pivots``."""
     source: dict[str, Any] | None = None
     """The stored sequence or the stored answers that the specification names, as the kind of job wants them."""
+    resolved: dict[str, Any] = field(default_factory=dict)
+    """What earlier attempts have reported that the names of the specification are."""
     also: tuple["JobInputs", ...] = ()
-    """Those of the job's further runs, where it has several: they differ in ``run_id``, ``model``, ``stored_rows``."""
+    """Those of the job's further runs, where it has several. They differ in ``run_id``, ``model``, what is stored."""
 
     @property
     def stored(self) -> frozenset[tuple[str, int]]:
@@ -63,6 +65,7 @@ class JobInputs:
             stored_rows=tuple(body["stored_rows"]),
             stored_traces=tuple(body["stored_traces"]),
             source=body["source"],
+            resolved=body["resolved"],
             also=tuple(map(cls.from_json, body["also"])),
         )
 
@@ -81,6 +84,7 @@ class JobInputs:
             "stored_rows": list(self.stored_rows),
             "stored_traces": list(self.stored_traces),
             "source": self.source,
+            "resolved": self.resolved,
             "also": [inputs.to_json() for inputs in self.also],
         }
 

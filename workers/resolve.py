@@ -42,6 +42,7 @@ def resolve_inputs(session: Session, claim: Claim, settings: Settings) -> JobInp
         stored_rows=_stored_rows(session, claim, claim.run_id),
         stored_traces=_stored_traces(session, claim),
         source=_source(session, claim),
+        resolved=_resolved(session, claim.run_id),
     )
     more = jobs.get_job(session, claim.job_id).more_run_ids
     return replace(inputs, also=tuple(_of_run(session, claim, inputs, run_id) for run_id in more))
@@ -50,8 +51,12 @@ def resolve_inputs(session: Session, claim: Claim, settings: Settings) -> JobInp
 def _of_run(session: Session, claim: Claim, inputs: JobInputs, run_id: str) -> JobInputs:
     """Those of a further run of the job."""
     model = _model_of(session, jobs.get_run(session, run_id))
-    rows = _stored_rows(session, claim, run_id)
-    return replace(inputs, run_id=run_id, model=model, stored_rows=rows, stored_traces=())
+    rows, resolved = _stored_rows(session, claim, run_id), _resolved(session, run_id)
+    return replace(inputs, run_id=run_id, model=model, stored_rows=rows, stored_traces=(), resolved=resolved)
+
+
+def _resolved(session: Session, run_id: str) -> dict[str, Any]:
+    return jobs.get_run(session, run_id).resolved or {}
 
 
 def _model(session: Session, claim: Claim) -> ModelInput:

@@ -20,7 +20,8 @@ from erpo_core.generation.transformers import TransformersEngine
 from erpo_core.job import JobInputs, Stop, leaves_early
 from erpo_core.models import load_policy
 from erpo_core.prompts import prompt_ids, stop_token_ids
-from erpo_core.records import Completions, Progress, Resolved, Result, Sink
+from erpo_core.records import Completions, Progress, Result, Sink
+from erpo_core.resolved import report_resolved
 from erpo_core.rewards.answers import extract_boxed
 from erpo_core.rewards.verify import Verifier
 from erpo_core.specs.branch import BranchSpec
@@ -65,7 +66,8 @@ def run_branch(spec: BranchSpec, inputs: JobInputs, sink: Sink, stop: Stop) -> d
     if inputs.model.adapter_path is not None and info["dtype"] == "float32":
         model = model.merge_and_unload()
     model.eval()
-    sink.emit(Resolved({**info, "versions": {name: version(name) for name in ("torch", "transformers", "peft")}}))
+    versions = {name: version(name) for name in ("torch", "transformers", "peft")}
+    report_resolved(sink, inputs, {**info, "versions": versions})
     source = inputs.source
     prompt = prompt_ids(tokenizer, source["prompt"], PromptSpec.model_validate(source["prompt_spec"]))
     _check(spec, source, model, info, len(prompt))

@@ -24,13 +24,15 @@ from erpo_core.analysis.entropy_answers import (
 from erpo_core.analysis.scoring import Scored, countable_tokens, score_answer, trace_of
 from erpo_core.analysis.statistics import sequence_stats, top_pivot_tokens
 from erpo_core.analysis.stored import StoredTrace, stored_traces
+from erpo_core.data.formats import problems_digest
 from erpo_core.generation.base import watch_and_leave
 from erpo_core.generation.transformers import TransformersEngine
 from erpo_core.job import JobInputs, Stop, leave_if_asked, leaves_early
 from erpo_core.memory import SMALL_MODEL, count_parameters
 from erpo_core.models import load_policy, prepare_model
 from erpo_core.prompts import stop_token_ids
-from erpo_core.records import Progress, Resolved, Result, Sink
+from erpo_core.records import Progress, Result, Sink
+from erpo_core.resolved import report_resolved
 from erpo_core.rewards.verify import Verifier
 from erpo_core.specs.entropy import EntropySpec
 
@@ -55,10 +57,11 @@ def run_entropy(spec: EntropySpec, inputs: JobInputs, sink: Sink, stop: Stop) ->
     model.eval()
     stored = stored_traces(inputs)
     versions = {name: version(name) for name in ("torch", "transformers", "peft")}
-    sink.emit(Resolved({"model": info, "versions": versions, "stored_answers": len(stored)}))
+    problems = problems_of(spec, inputs, tokenizer)
+    resolved = {"model": info, "prompts_digest": problems_digest(problems), "versions": versions}
+    report_resolved(sink, inputs, resolved | {"stored_answers": len(stored)})
     room = getattr(model.config, "max_position_embeddings", None)
-    if spec.prompts or spec.dataset:
-        problems = problems_of(spec, inputs, tokenizer)
+    if problems:
         check_room(spec, problems, room)
         total = len(problems) * spec.num_samples
         engine, stop_ids = TransformersEngine(model, tokenizer), stop_token_ids(tokenizer)

@@ -65,7 +65,7 @@ class Problem:
 
 
 def problems_of(spec: EntropySpec, inputs: JobInputs, tokenizer) -> list[Problem]:
-    """The prompts of the request, or the first problems of a benchmark."""
+    """The prompts of the request, or the first problems of a data set; none where it brings answers."""
     found: Sequence[tuple[str, str | None]] = [(problem, None) for problem in spec.prompts]
     if spec.dataset:
         roots = {"data_root": inputs.data_root, "cache_dir": inputs.cache_dir}

@@ -19,7 +19,8 @@ from erpo_core.generation.transformers import TransformersEngine
 from erpo_core.job import JobInputs, Stop, leaves_early
 from erpo_core.models import load_policy
 from erpo_core.prompts import template_digest
-from erpo_core.records import Completions, Progress, Resolved, Result, Sink
+from erpo_core.records import Completions, Progress, Result, Sink
+from erpo_core.resolved import report_resolved
 from erpo_core.rewards.verify import Verifier
 from erpo_core.specs.perturbation import OUTCOMES_STEP, Arm, PerturbationSpec
 
@@ -51,7 +52,7 @@ def run_perturbation(spec: PerturbationSpec, inputs: JobInputs, sink: Sink, stop
         "template_digest": template_digest(tokenizer, spec.prompt),
         "versions": {name: version(name) for name in ("torch", "transformers", "peft")},
     }
-    sink.emit(Resolved(resolved))
+    report_resolved(sink, inputs, resolved)
     engine = TransformersEngine(model, tokenizer)
     engine.watch = watch_and_leave(stop)
     with Verifier() as verifier:

@@ -187,8 +187,8 @@ def is_answer(answer: str) -> bool:
     return any(char.isalnum() for char in bare) or bare.strip() in ("+", "-", "*", "/", "<", ">", "=")
 
 
-def problems_digest(problems: Iterable[Problem]) -> str:
-    """sha256 over the problems' content and order."""
+def problems_digest(problems: Iterable[Any]) -> str:
+    """sha256 over the content and order of problems, which are dataclasses of any kind."""
     digest = hashlib.sha256()
     for problem in problems:
         digest.update(json.dumps(asdict(problem), sort_keys=True).encode())

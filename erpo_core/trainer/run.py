@@ -14,7 +14,8 @@ from erpo_core.data.formats import Problem, problems_digest
 from erpo_core.job import JobInputs, LeftEarlyError, Stop, leaves_early
 from erpo_core.memory import SMALL_MODEL, count_parameters, rows_of_micro_batch
 from erpo_core.models import load_policy, prepare_model
-from erpo_core.records import Progress, Resolved, Result, Sink
+from erpo_core.records import Progress, Result, Sink
+from erpo_core.resolved import report_resolved
 from erpo_core.rewards.functions import reward_functions
 from erpo_core.rewards.verify import Verifier
 from erpo_core.specs.train import BaseTrainSpec, ErpoTrainSpec, GrpoTrainSpec
@@ -112,7 +113,7 @@ def run_training(spec: GrpoTrainSpec, inputs: JobInputs, sink: Sink, stop: Stop)
         evaluation.attach(trainer)
         own = {field.name for field in fields(ERPOConfig)} & (set(PASSED_THROUGH) | set(ERPO_ONLY))
         config = {name: getattr(args, name) for name in sorted(own)}
-        sink.emit(Resolved(described(spec, config, info, problems, dataset, benchmarks)))
+        report_resolved(sink, inputs, described(spec, config, info, problems, dataset, benchmarks))
         if spec.preflight and inputs.resume_from is None:
             run_preflight(trainer, sink, stop)
         return train_to_end(trainer, records, inputs, sink, started)

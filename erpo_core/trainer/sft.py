@@ -14,7 +14,8 @@ from erpo_core.generation.base import Sample, Watch
 from erpo_core.job import JobInputs, Stop, leaves_early
 from erpo_core.models import load_policy, prepare_model, widen_adapters
 from erpo_core.prompts import stop_token_ids
-from erpo_core.records import Progress, Resolved, Sink
+from erpo_core.records import Progress, Sink
+from erpo_core.resolved import report_resolved
 from erpo_core.rewards.verify import Verifier
 from erpo_core.specs.train import SftTrainSpec
 from erpo_core.trainer import ranks
@@ -159,7 +160,7 @@ def run_sft(spec: SftTrainSpec, inputs: JobInputs, sink: Sink, stop: Stop) -> di
         records.attach(trainer)
         evaluation.attach(trainer)
         config = {name: getattr(args, name) for name in PASSED_THROUGH}
-        sink.emit(Resolved(described(spec, config, info, problems, dataset, benchmarks)))
+        report_resolved(sink, inputs, described(spec, config, info, problems, dataset, benchmarks))
         return train_to_end(trainer, records, inputs, sink, started)
 
 

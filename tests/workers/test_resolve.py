@@ -65,7 +65,9 @@ def test_a_model_from_a_hub_stays_at_the_commit_that_was_fetched_first(database,
         assert resolve_inputs(session, claim, settings).model == ModelInput("org/name")
         found = Resolved({"model": fetched} if nested else fetched)
         apply_records(session, job_id=claim.job_id, run_id=claim.run_id, attempt=1, records=[found])
-        assert resolve_inputs(session, claim, settings).model == ModelInput(fetched["base"])
+        later = resolve_inputs(session, claim, settings)
+        assert (later.model, later.resolved) == (ModelInput(fetched["base"]), found.data)
+        assert JobInputs.from_json(later.to_json()) == later
         trained = resolve_model(session, {"run": claim.run_id})
         second = train(session, settings, model={"run": claim.run_id})
         of_both = resolve_model(session, {"run": second.run_id})
