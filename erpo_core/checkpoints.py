@@ -70,9 +70,14 @@ def newest_whole(parent: Path) -> Path | None:
     return next((folder for folder in folders if is_whole(folder)), None)
 
 
-def rotate(parent: Path, limit: int | None, best: int | None) -> list[int]:
-    """Keep the last ``limit`` checkpoints and the one of step ``best``; the steps that were removed."""
-    steps = list_steps(parent)
+def rotate(parent: Path, limit: int | None, *, best: int | None, newest: int) -> list[int]:
+    """Keep the last ``limit`` checkpoints and the one of step ``best``; the steps that were removed.
+
+    Args:
+        newest: The step that was saved last. Later ones are not whole, or of a run that is made again: they do not
+            count, and stay.
+    """
+    steps = [step for step in list_steps(parent) if step <= newest]
     removed = [] if limit is None else [step for step in steps[: -max(1, limit)] if step != best]
     for step in removed:
         shutil.rmtree(checkpoint_folder(parent, step), ignore_errors=True)

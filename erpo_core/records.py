@@ -134,7 +134,8 @@ class Sink(Protocol):
     """Where ``erpo_core`` puts what it has to report."""
 
     def emit(self, record: Record) -> None:
-        """Queue a record. Returns at once unless the receiver is far behind."""
+        """Queue a record. Returns at once unless the receiver is far behind; of a Checkpoint, once it is stored: the
+        files of older ones may then be deleted."""
 
 
 def encode_frame(header: dict[str, Any], payload: bytes = b"") -> bytes:

@@ -45,6 +45,7 @@ class RecordCallback(TrainerCallback):
         """Take what the trainer keeps of its steps; only the first process reports, any may be asked to leave."""
         self.trainer = trainer
         trainer.keeps_rollouts = trainer.is_world_process_zero()
+        trainer.tell_removed = self._tell_removed
         trainer.watch = watch_and_leave(self._stop, self.watch if trainer.keeps_rollouts else None)
 
     def summary(self) -> dict[str, float]:
@@ -81,15 +82,23 @@ class RecordCallback(TrainerCallback):
         self._started = self._step_started = time.monotonic()
         self.first_step = state.global_step
         self._skipped = self.trainer.run_state.skipped_steps
+        self._recall(state.log_history)
         if state.is_world_process_zero and self.trainer.changed_environment:
             self._sink.emit(_environment_changed(self.trainer.changed_environment))
+
+    def _recall(self, log_history: list[dict[str, float]]) -> None:
+        """What earlier attempts have logged: the summary is of the whole run."""
+        for logs in log_history:
+            if "loss" in logs:
+                self.tokens += self.count_tokens([], logs)
+                self._recent.append(_metrics_of(logs))
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not logs or "loss" not in logs or not state.is_world_process_zero:
             return
         now = time.monotonic()
         seconds, self._step_started = now - self._step_started, now
-        metrics = {name: value for name, value in logs.items() if name not in _IGNORED_METRICS}
+        metrics = _metrics_of(logs)
         batches, self.trainer.rollout_log = self.trainer.rollout_log, []
         tokens = self.count_tokens(batches, logs)
         self.tokens += tokens
@@ -119,10 +128,10 @@ class RecordCallback(TrainerCallback):
         folder = checkpoint_folder(Path(args.output_dir), state.global_step)
         data = {name: self.last.get(name) for name in ("reward", "entropy", "kl")}
         self._sink.emit(Checkpoint(state.global_step, str(folder), manifest_files(folder), data))
-        removed, self.trainer.removed_checkpoints = self.trainer.removed_checkpoints, []
-        for step in removed:
-            message = f"the checkpoint of step {step} makes room for later ones"
-            self._sink.emit(Event("checkpoint.removed", message, data={"step": step}))
+
+    def _tell_removed(self, step: int, folder: Path) -> None:
+        message = f"the checkpoint of step {step} makes room for later ones"
+        self._sink.emit(Event("checkpoint.removed", message, data={"step": step, "path": str(folder)}))
 
     def _report_skipped(self, state) -> None:
         skipped = self.trainer.run_state.skipped_steps
@@ -144,6 +153,10 @@ class RecordCallback(TrainerCallback):
     def _verdicts(self, batches: list) -> dict[str, float]:
         verdicts = Counter(verdict for batch in batches for verdict in batch.verdicts or ())
         return {f"verdict/{name}": verdicts[name] / verdicts.total() for name in Verdict} if verdicts else {}
+
+
+def _metrics_of(logs: dict[str, float]) -> dict[str, float]:
+    return {name: value for name, value in logs.items() if name not in _IGNORED_METRICS}
 
 
 def _environment_changed(changed: dict[str, tuple[Any, Any]]) -> Event:

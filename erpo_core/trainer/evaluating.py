@@ -31,6 +31,7 @@ from erpo_core.specs.evaluate import EvaluateSpec
 from erpo_core.specs.train import BaseTrainSpec
 from erpo_core.trainer import ranks
 from erpo_core.trainer.callbacks import RecordCallback
+from erpo_core.trainer.guards import is_inside_cycle
 
 _NOTHING = Batch((), 0, 1, 0)
 
@@ -126,32 +127,37 @@ class PolicyEvaluation(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         if self._is_due(state):
-            self._evaluate(state, may_leave=True)
+            self._evaluate(state)
 
     def on_step_end(self, args, state, control, **kwargs):
+        # The last step's comes once it is logged and saved. Of a step that a run stops at, the next attempt finds that
+        # it is due; inside a cycle of several updates it does not stop.
         last = state.global_step >= state.max_steps
-        # Of a step that a run is stopped at the next attempt finds that it is due. The last step has no next attempt.
-        if not self._is_due(state) or (self._records.stopped and not last):
+        stops = self._records.stopped and not is_inside_cycle(args, state)
+        if last or stops or not self._is_due(state):
             return
         started = time.monotonic()
         try:
-            self._evaluate(state, may_leave=not last)
+            self._evaluate(state)
         except LeftEarlyError:
             self._records.stopped = control.should_save = control.should_training_stop = True
         self._records.leave_out(time.monotonic() - started)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if state.global_step >= state.max_steps and self._is_due(state):
+            self._evaluate(state)
 
     def _is_due(self, state) -> bool:
         is_wanted = self._spec.is_evaluated_at(state.global_step, state.max_steps)
         return is_wanted and self._trainer.run_state.evaluated_step != state.global_step
 
-    def _evaluate(self, state, *, may_leave: bool) -> None:
+    def _evaluate(self, state) -> None:
         """Report the numbers of every benchmark as metrics of this step.
 
         Raises:
-            LeftEarlyError: asked to leave in between, where it ``may_leave``.
+            LeftEarlyError: asked to leave in between.
         """
-        watch = watch_and_leave(self._stop) if may_leave else None
-        started, values = time.monotonic(), {}
+        watch, started, values = watch_and_leave(self._stop), time.monotonic(), {}
         for benchmark in self._benchmarks:
             rows = self._rows(benchmark, state.global_step, watch)
             if state.is_world_process_zero:

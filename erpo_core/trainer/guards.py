@@ -57,14 +57,19 @@ class SaveAtBoundaries(TrainerCallback):
         self._save_pending = False
 
     def on_step_end(self, args, state, control, **kwargs):
-        cycle = args.steps_per_generation * args.num_iterations
-        inside = state.global_step * args.gradient_accumulation_steps % cycle != 0
-        if inside and state.global_step < state.max_steps:
+        if is_inside_cycle(args, state):
             self._save_pending = self._save_pending or control.should_save
             control.should_save = False
             control.should_training_stop = False
         elif self._save_pending:
             control.should_save, self._save_pending = True, False
+
+
+def is_inside_cycle(args, state) -> bool:
+    """Whether the answers of the step that was just made are used again by the next one. Of solutions, none are."""
+    cycle = getattr(args, "steps_per_generation", 1) * getattr(args, "num_iterations", 1)
+    more = state.global_step * args.gradient_accumulation_steps % cycle != 0
+    return more and state.global_step < state.max_steps
 
 
 def _finite(tensor: torch.Tensor) -> bool:

@@ -1,7 +1,7 @@
 """One training job: from a specification to records."""
 
+import math
 import os
-import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import fields
@@ -82,7 +82,6 @@ def run_training(spec: GrpoTrainSpec, inputs: JobInputs, sink: Sink, stop: Stop)
         DatasetError: no problem is short enough.
         RunError: see its codes.
     """
-    started = time.monotonic()
     sink.emit(Progress("load", 0, 1))
     with first_process_first():
         path = prepare_model(inputs.model.base, cache_dir=inputs.cache_dir, model_roots=inputs.model_roots)
@@ -116,19 +115,17 @@ def run_training(spec: GrpoTrainSpec, inputs: JobInputs, sink: Sink, stop: Stop)
         report_resolved(sink, inputs, described(spec, config, info, problems, dataset, benchmarks))
         if spec.preflight and inputs.resume_from is None:
             run_preflight(trainer, sink, stop)
-        return train_to_end(trainer, records, inputs, sink, started)
+        return train_to_end(trainer, records, inputs, sink)
 
 
-def train_to_end(
-    trainer: Any, records: RecordCallback, inputs: JobInputs, sink: Sink, started: float
-) -> dict[str, Any]:
-    """Train, and emit the summary as the result.
+def train_to_end(trainer: Any, records: RecordCallback, inputs: JobInputs, sink: Sink) -> dict[str, Any]:
+    """Train, and emit the summary of the whole run, all attempts together, as the result.
 
     Raises:
         LeftEarlyError: asked to leave. Every step that was made is in a checkpoint.
     """
     try:
-        output = trainer.train(resume_from_checkpoint=str(inputs.resume_from) if inputs.resume_from else None)
+        trainer.train(resume_from_checkpoint=str(inputs.resume_from) if inputs.resume_from else None)
     except LeftEarlyError:
         if trainer.state.global_step > records.first_step:
             trainer.save_now()
@@ -136,11 +133,12 @@ def train_to_end(
     state = trainer.state
     if records.stopped and state.global_step < state.max_steps:
         raise LeftEarlyError
+    losses = [logs["loss"] for logs in state.log_history if math.isfinite(logs.get("loss", math.nan))]
     summary = {
         "steps": state.global_step,
         "tokens": records.tokens,
-        "seconds": time.monotonic() - started,
-        "train_loss": output.training_loss,
+        "seconds": trainer.count_seconds(),
+        "train_loss": sum(losses) / len(losses) if losses else None,
         "final": records.summary(),
     }
     sink.emit(Result(summary))

@@ -1,11 +1,15 @@
 """Checkpoints of a trainer: written under another name, whole before they have theirs, rotated, checked at resume."""
 
 import shutil
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from peft import PeftModel
+from transformers import TrainerCallback
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from erpo_core import checkpoints
@@ -27,12 +31,13 @@ class WholeCheckpoints:
     model: Any
     is_fsdp_enabled: bool
     run_state: RunState
-    removed_checkpoints: list[int]
-    """Steps whose checkpoints made room for later ones; whoever reports them empties it."""
+    tell_removed: Callable[[int, Path], None] | None = None
+    """Told the step and the folder of each checkpoint that made room for later ones."""
     changed_environment: dict[str, tuple[Any, Any]]
     """{name: (at the checkpoint, now)} of libraries, device and threads, where a run resumed from another one."""
     _reference: Reference
     _policy: Any
+    _counted_at: float
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
         """As transformers' Trainer; ``True`` resumes from the newest checkpoint that is whole, if there is one.
@@ -45,7 +50,7 @@ class WholeCheckpoints:
             folder = checkpoints.newest_whole(Path(self.args.output_dir))
         elif folder and not checkpoints.is_whole(Path(folder)):
             raise RunError(f"the checkpoint {Path(folder).name} is damaged", code="checkpoint_damaged")
-        self.changed_environment = {}
+        self.changed_environment, self._counted_at = {}, time.monotonic()
         self.run_state.environment = environment()
         self.run_state.base_fingerprint = self._reference.fingerprint(self._policy)
         if folder and self.is_fsdp_enabled:
@@ -69,15 +74,32 @@ class WholeCheckpoints:
         written = checkpoints.checkpoint_folder(staging, step)
         reward = next((entry["reward"] for entry in reversed(self.state.log_history) if "reward" in entry), None)
         self.run_state.checkpoint_rewards[str(step)] = float("-inf") if reward is None else reward
+        self.count_seconds()
         self.run_state.save(written)
         checkpoints.publish(written, checkpoints.checkpoint_folder(staging.parent, step), step)
         shutil.rmtree(staging, ignore_errors=True)
-        best = self.run_state.best_checkpoint(checkpoints.list_steps(staging.parent))
-        self.removed_checkpoints += checkpoints.rotate(staging.parent, self.args.save_total_limit, best)
+
+    def rotate_checkpoints(self) -> None:
+        """Delete what is over ``save_total_limit``, once the newest has been announced. By the first process."""
+        parent, step = Path(self.args.output_dir), self.state.global_step
+        best = self.run_state.best_checkpoint([one for one in checkpoints.list_steps(parent) if one <= step])
+        for removed in checkpoints.rotate(parent, self.args.save_total_limit, best=best, newest=step):
+            if self.tell_removed is not None:
+                self.tell_removed(removed, checkpoints.checkpoint_folder(parent, removed))
+
+    def count_seconds(self) -> float:
+        """How long the run has been training, over all attempts, up to now."""
+        now = time.monotonic()
+        self.run_state.seconds += now - self._counted_at
+        self._counted_at = now
+        return self.run_state.seconds
 
     def save_now(self) -> None:
         """A checkpoint of the step that the run is at, where there is none. Not within a cycle of several updates."""
         if not checkpoints.checkpoint_folder(Path(self.args.output_dir), self.state.global_step).exists():
+            # Of the step that is under way some answers may be counted.
+            counts = (logs["num_tokens"] for logs in reversed(self.state.log_history) if "num_tokens" in logs)
+            self.state.num_input_tokens_seen = int(next(counts, 0))
             self._save_checkpoint(self.model_wrapped, None)
             self.control = self.callback_handler.on_save(self.args, self.state, self.control)
 
@@ -103,13 +125,25 @@ class WholeCheckpoints:
         """Before they are sharded: what a checkpoint holds is whole."""
         self.is_fsdp_enabled = False
         try:
-            super()._load_from_checkpoint(folder)
+            self._load_from_checkpoint(folder)
         finally:
             self.is_fsdp_enabled = True
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        if not self.is_fsdp_enabled:
+        if self.is_fsdp_enabled:
+            return
+        if isinstance(self._policy, PeftModel):
+            # Where there is a second adapter, the reference, transformers would load that one alone.
+            self._policy.load_adapter(resume_from_checkpoint, "default", is_trainable=True)
+        else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _run_epoch(self, **kwargs) -> None:
+        """transformers' loop would make one step more of a run that is resumed from its last."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(**kwargs)
 
     def _load_optimizer_and_scheduler(self, checkpoint) -> None:
         if self.args.device.type == "cpu":
@@ -135,3 +169,14 @@ class WholeCheckpoints:
                 f"step {self.state.global_step}: the frozen weights are not those that training started from",
                 code="base_weights_changed",
             )
+
+
+class RotateCheckpoints(TrainerCallback):
+    """Makes room after a save. To be added after whatever announces checkpoints."""
+
+    def __init__(self, trainer: WholeCheckpoints) -> None:
+        self._trainer = trainer
+
+    def on_save(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            self._trainer.rotate_checkpoints()

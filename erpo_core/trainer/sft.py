@@ -1,6 +1,5 @@
 """Supervised fine-tuning on worked solutions: TRL's SFTTrainer with the records and checkpoints of the others."""
 
-import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -25,7 +24,7 @@ from erpo_core.trainer.evaluating import PolicyEvaluation, load_benchmarks
 from erpo_core.trainer.guards import SkipNonFinite
 from erpo_core.trainer.run import described, first_process_first, lora_config, train_to_end, wants_bf16
 from erpo_core.trainer.sampling import TransformersSampler
-from erpo_core.trainer.saving import WholeCheckpoints
+from erpo_core.trainer.saving import RotateCheckpoints, WholeCheckpoints
 from erpo_core.trainer.sharding import ShardedWeights
 from erpo_core.trainer.state import RunState
 from erpo_core.trainer.zero import ZeroParts, take_configuration
@@ -75,7 +74,6 @@ class SolutionTrainer(ShardedWeights, ZeroParts, WholeCheckpoints, SFTTrainer):
 
     def __init__(self, *args, **kwargs) -> None:
         self.run_state = RunState()
-        self.removed_checkpoints = []
         self._reference = _NoReference()
         self.keeps_rollouts = False
         self.rollout_log: list[Any] = []
@@ -83,6 +81,7 @@ class SolutionTrainer(ShardedWeights, ZeroParts, WholeCheckpoints, SFTTrainer):
         super().__init__(*args, **kwargs)
         widen_adapters(self._policy)
         self.add_callback(SkipNonFinite(self))
+        self.add_callback(RotateCheckpoints(self))
         self._engine_of = TransformersSampler(self.processing_class)
 
     def sample(
@@ -116,10 +115,6 @@ class SolutionRecords(RecordCallback):
 
     _counted = 0
 
-    def on_train_begin(self, args, state, control, **kwargs):
-        super().on_train_begin(args, state, control, **kwargs)
-        self._counted = self.trainer._total_train_tokens
-
     def count_tokens(self, batches: list, logs: dict[str, float]) -> int:
         """Of the prompts and solutions of one step."""
         before, self._counted = self._counted, int(logs["num_tokens"])
@@ -134,7 +129,6 @@ def run_sft(spec: SftTrainSpec, inputs: JobInputs, sink: Sink, stop: Stop) -> di
         DatasetError: no problem has a solution, or none is short enough.
         RunError: see its codes.
     """
-    started = time.monotonic()
     sink.emit(Progress("load", 0, 1))
     with first_process_first():
         prepare_model(inputs.model.base, cache_dir=inputs.cache_dir, model_roots=inputs.model_roots)
@@ -161,7 +155,7 @@ def run_sft(spec: SftTrainSpec, inputs: JobInputs, sink: Sink, stop: Stop) -> di
         evaluation.attach(trainer)
         config = {name: getattr(args, name) for name in PASSED_THROUGH}
         report_resolved(sink, inputs, described(spec, config, info, problems, dataset, benchmarks))
-        return train_to_end(trainer, records, inputs, sink, started)
+        return train_to_end(trainer, records, inputs, sink)
 
 
 def make_sft_config(spec: SftTrainSpec, output_dir: Path, *, bf16: bool) -> SolutionConfig:

@@ -14,7 +14,7 @@ class RunState:
     """``noise``: std of the rounding in the progress signal. ``entropy_mean``, ``entropy_second``: the running moments
     of the entropy, None before the first step. ``skipped_steps``: steps without an update. ``base_fingerprint``: of the
     reference's weights. ``checkpoint_rewards``: {step: reward}. ``environment``: libraries, device and threads.
-    ``evaluated_step``: the last one whose policy was evaluated."""
+    ``evaluated_step``: the last one whose policy was evaluated. ``seconds``: of training, all attempts together."""
 
     noise: float = 0.0
     entropy_mean: float | None = None
@@ -24,6 +24,7 @@ class RunState:
     checkpoint_rewards: dict[str, float] = field(default_factory=dict)
     environment: dict[str, Any] = field(default_factory=dict)
     evaluated_step: int | None = None
+    seconds: float = 0.0
 
     @property
     def entropy_std(self) -> float | None:

@@ -24,7 +24,7 @@ from erpo_core.trainer.guards import SaveAtBoundaries, SkipNonFinite
 from erpo_core.trainer.reference import Reference
 from erpo_core.trainer.rollouts import SampledAnswers
 from erpo_core.trainer.sampling import make_sampler
-from erpo_core.trainer.saving import WholeCheckpoints
+from erpo_core.trainer.saving import RotateCheckpoints, WholeCheckpoints
 from erpo_core.trainer.scoring import body_of
 from erpo_core.trainer.sharding import ShardedWeights
 from erpo_core.trainer.state import RunState
@@ -55,7 +55,6 @@ class ERPOTrainer(ShardedWeights, ZeroParts, WholeCheckpoints, SampledAnswers, T
         self.keeps_rollouts = False
         self.traces: list[TraceGroup] = []
         self.rollout_log: list[MicroBatch] = []
-        self.removed_checkpoints: list[int] = []
         self.run_state = RunState()
         self._seconds: defaultdict[str, float] = defaultdict(float)
         self._totals = Totals()
@@ -77,6 +76,7 @@ class ERPOTrainer(ShardedWeights, ZeroParts, WholeCheckpoints, SampledAnswers, T
         self._scores_in_float32 = self._resolve_scoring_dtype() == "float32"
         self.add_callback(SkipNonFinite(self))
         self.add_callback(SaveAtBoundaries())
+        self.add_callback(RotateCheckpoints(self))
 
     @property
     def _policy(self):

@@ -12,6 +12,7 @@ from erpo_core.job import JobInputs, ModelInput
 from erpo_core.records import Metrics
 from erpo_core.specs import parse_spec
 from erpo_core.trainer.run import run_training
+from workers.child.ranks import end_rank
 
 
 class Sink:
@@ -38,3 +39,4 @@ def main(folder: Path) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
+    end_rank(leaves_group=True)

@@ -1,6 +1,7 @@
 """A training that kills itself: a run with MODEL OUT [POINT:STEP] resumes from what is whole and goes on.
 
-Points: ``generate``, ``backward``, ``save`` (transformers' files half written), ``publish`` (all written, no name yet).
+Points: ``generate``, ``backward``, ``save`` (transformers' files half written), ``publish`` (all written, no name yet),
+``saved`` (named, nobody told).
 """
 
 import json
@@ -90,7 +91,7 @@ def main(model: str, folder: str, death: str = "") -> None:
     if death:
         trainer.point, trainer.step = death.split(":")[0], int(death.split(":")[1])
         rename = checkpoints.publish
-        checkpoints.publish = lambda *given: (trainer._die_at("publish"), rename(*given))
+        checkpoints.publish = lambda *given: (trainer._die_at("publish"), rename(*given), trainer._die_at("saved"))
     trainer.train(resume_from_checkpoint=True)
     torch.save(
         {

@@ -12,7 +12,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-import torch.distributed as dist
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
@@ -22,6 +21,7 @@ from erpo_core.generation.base import Sample
 from erpo_core.job import LeftEarlyError
 from erpo_core.trainer.sharding import is_sharded, whole
 from erpo_core.trainer.zero import engine_of
+from workers.child.ranks import end_rank
 
 G, PROMPTS = 4, 4
 
@@ -262,9 +262,8 @@ def main(model: str, out: str, cases: str) -> None:
         folder = Path(out) / case.pop("name")
         folder.mkdir(parents=True, exist_ok=True)
         kinds[case.pop("kind")](model, folder, **case)
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
+    end_rank(leaves_group=True)

@@ -46,7 +46,9 @@ def metrics(out: Path) -> dict[int, dict]:
     "deaths",
     [
         pytest.param(["generate:1", "save:3", "backward:5"], id="sampling, saving, second epoch"),
-        pytest.param(["publish:2", "save:6", "publish:7"], id="between writing and naming"),
+        pytest.param(
+            ["publish:2", "saved:3", "save:6", "publish:7", "saved:8"], id="around the naming, after the last save"
+        ),
     ],
 )
 def test_a_killed_training_ends_as_if_it_had_never_been(tiny, tmp_path, whole, mortal, deaths):

@@ -90,6 +90,7 @@ CASES = {
         an_update("dead groups, no KL term", "8,1,1,erpo,group", judged="every other prompt", beta=0.0),
         {"name": "resume", "kind": "resume"},
         {"name": "resume, every weight", "kind": "resume", "tuning": "full"},
+        {"name": "resume, trained adapter", "kind": "resume", "tuning": "warm"},
         {"name": "leave", "kind": "leave"},
         an_sft("sft, every weight", None, strategy="fsdp2", **TWO),
     ],
@@ -101,6 +102,7 @@ CASES = {
         an_update("unjudged", "2,1,1,erpo,group", judged="half"),
         an_update("dead groups, no KL term", "8,1,1,erpo,group", judged="every other prompt", beta=0.0),
         {"name": "resume", "kind": "resume"},
+        {"name": "resume, trained adapter", "kind": "resume", "tuning": "warm"},
         {"name": "not finite", "kind": "not_finite"},
         an_sft("sft, every weight", None, strategy="zero2", **TWO),
     ],
@@ -116,6 +118,7 @@ CASES = {
         an_update("unjudged", "2,1,1,erpo,group", judged="half", **PARTED),
         {"name": "resume", "kind": "resume", **PARTED},
         {"name": "resume, every weight", "kind": "resume", "tuning": "full", **PARTED},
+        {"name": "resume, trained adapter", "kind": "resume", "tuning": "warm", **PARTED},
         {"name": "not finite", "kind": "not_finite", **PARTED},
         {"name": "leave", "kind": "leave", **PARTED},
     ],
@@ -249,9 +252,12 @@ def test_dead_groups_give_way_to_the_same_prompts_on_every_rank(launched, strate
     [
         ("fsdp2", "resume"),
         ("fsdp2", "resume, every weight"),
+        ("fsdp2", "resume, trained adapter"),
         ("zero2", "resume"),
+        ("zero2", "resume, trained adapter"),
         ("zero3, parted", "resume"),
         ("zero3, parted", "resume, every weight"),
+        ("zero3, parted", "resume, trained adapter"),
     ],
 )
 def test_a_sharded_run_resumes_to_the_last_bit_from_files_that_are_whole(launched, tiny, strategy, case):
@@ -268,8 +274,9 @@ def test_a_sharded_run_resumes_to_the_last_bit_from_files_that_are_whole(launche
     assert all(entry["erpo/progress_noise"] >= 0 and entry["completions/mean_length"] > 0 for entry in logs)
     checkpoint = launched(strategy) / case / "whole" / "checkpoint-6"
     assert is_whole(checkpoint)
-    loaded = AutoModelForCausalLM.from_pretrained(tiny if case == "resume" else checkpoint)
-    if case == "resume":
+    every = case == "resume, every weight"
+    loaded = AutoModelForCausalLM.from_pretrained(checkpoint if every else tiny)
+    if not every:
         loaded = PeftModel.from_pretrained(loaded, checkpoint)
     assert all(torch.equal(weight, weights[name]) for name, weight in loaded.named_parameters())
 

@@ -13,7 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 
-from erpo_core.records import Record, encode_frame, read_frame, to_wire
+from erpo_core.records import Checkpoint, Record, encode_frame, read_frame, to_wire
 from workers.processes import ATTEMPT_VARIABLE, boottime, kill_attempt
 
 WINDOW_RECORDS = 4096
@@ -47,7 +47,7 @@ class Channel:
             threading.Thread(target=target, name=f"channel{target.__name__}", daemon=True).start()
 
     def emit(self, record: Record) -> None:
-        """Queue a record; waits while the recorder is a whole window behind."""
+        """Queue a record; waits while the recorder is a whole window behind, and until a checkpoint is stored."""
         header, payload = to_wire(record)
         with self._changed:
             self._changed.wait_for(self._has_room)
@@ -57,6 +57,9 @@ class Channel:
             self._bytes += len(frame)
             self._outbox.append(frame)
             self._changed.notify_all()
+            if isinstance(record, Checkpoint):
+                number = self._last
+                self._changed.wait_for(lambda: number not in self._sizes)
 
     def close(self) -> None:
         """Wait until every record is acknowledged, then hang up. The watchdog bounds the wait."""

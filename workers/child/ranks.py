@@ -2,7 +2,7 @@
 
 import os
 import sys
-from typing import Any
+from typing import Any, NoReturn
 
 from erpo_core.launch import launcher
 from erpo_core.records import Record
@@ -35,12 +35,17 @@ def become_launcher(count: int, strategy: str, path: str) -> None:
     os.execv(sys.executable, [sys.executable, *launcher(strategy, count), "-m", "workers.child", path])
 
 
-def leave_group() -> None:
-    """End what binds the ranks: where a process ends with its group's threads alive, torch may abort it."""
+def end_rank(*, leaves_group: bool) -> NoReturn:
+    """End this process. A thread of gloo's may still hold the tensors of its last work and want Python to let go of
+    them: where the interpreter is going down by then, it aborts the process, and the launcher ends the other ranks. So
+    the interpreter does not go down."""
     import torch.distributed as dist
 
-    if dist.is_initialized():
+    if leaves_group and dist.is_initialized():
         dist.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 class Silence:
