@@ -6,7 +6,7 @@ import threading
 import time
 
 from erpo_core.errors import FencedError
-from erpo_core.records import Ended, Metrics, Trace
+from erpo_core.records import Checkpoint, Ended, Metrics, Trace
 from workers.child.channel import Channel
 from workers.processes import boottime
 from workers.recorder import BUFFER_RECORDS, Recorder
@@ -32,6 +32,23 @@ def test_records_arrive_in_order_and_closing_waits_for_the_last():
         assert written[0].values == {"reward": None}
         assert written[700].payload == b"\x00\x01"
         assert recorder.ended == Ended("succeeded")
+
+
+def test_a_checkpoint_is_in_the_database_when_the_child_goes_on():
+    """It deletes older ones then."""
+    written, may_write = [], threading.Event()
+
+    def apply(records):
+        may_write.wait(5)
+        written.extend(records)
+
+    with Recorder(apply) as recorder:
+        channel = Channel(str(recorder.path))
+        channel.emit(Metrics(1, {"reward": 1.0}))
+        threading.Timer(0.5, may_write.set).start()
+        channel.emit(Checkpoint(1, "checkpoint-1", []))
+        assert [record.kind for record in written] == ["metrics", "checkpoint"]
+        channel.close()
 
 
 def test_the_socket_is_private():
