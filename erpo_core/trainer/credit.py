@@ -1,5 +1,6 @@
 """What a trainer makes of the answers: scores of policy and reference, and each token's advantage."""
 
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
@@ -219,7 +220,8 @@ class TokenCredit:
     def _noise_is_due(self) -> bool:
         wanted = self.args.algorithm == "erpo" and self.args.progress_noise_floor == "auto"
         step = self.state.global_step
-        return wanted and step % self.args.noise_floor_every == 0 and step != self._noise_step
+        due = step % self.args.noise_floor_every == 0 or self.run_state.noise_is_missing
+        return wanted and due and step != self._noise_step
 
     def _measure_noise(self, policy, rollouts: Rollouts, logps: Tensor) -> None:
         self._noise_step = self.state.global_step
@@ -227,4 +229,8 @@ class TokenCredit:
         count = int(group.mask.sum())
         in_step = goes_in_step(policy)
         noise = measure_noise(lambda part: self._scores(policy, part).logps, group, logps[:count], in_step=in_step)
-        self.run_state.noise = self.args.progress_scale * ranks.mean_of(self.accelerator, noise)
+        found = self.args.progress_scale * ranks.mean_of(self.accelerator, noise)
+        # Scores that are not finite tell nothing of rounding: the value before stays, the next step measures again.
+        self.run_state.noise_is_missing = not math.isfinite(found)
+        if math.isfinite(found):
+            self.run_state.noise = found

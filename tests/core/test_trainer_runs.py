@@ -191,6 +191,29 @@ def test_scores_that_are_not_finite_skip_the_step_as_well(tiny, tmp_path):
     assert trainer.run_state.skipped_steps == 1
 
 
+@pytest.mark.parametrize("broken_step", [0, 2])
+def test_a_noise_measurement_that_is_not_finite_is_made_again_at_the_next_step(tiny, tmp_path, broken_step):
+    trainer = make_trainer(tiny, tmp_path, max_steps=4, noise_floor_every=2)
+    score, noises, measured = trainer._scores, [], []
+
+    def overflow(policy, rollouts, *given):
+        scores = score(policy, rollouts, *given)
+        if rollouts.num_generations < 4:
+            measured.append(trainer.state.global_step)
+        if trainer.state.global_step == broken_step:
+            object.__setattr__(scores, "logps", scores.logps * float("nan"))
+        return scores
+
+    trainer._scores = overflow
+    compute = trainer._compute_loss
+    trainer._compute_loss = lambda *given: (compute(*given), noises.append(trainer.run_state.noise))[0]
+    trainer.train()
+    assert trainer.run_state.skipped_steps == 1
+    assert sorted(set(measured)) == ([0, 1, 2] if broken_step == 0 else [0, 2, 3])
+    assert noises[broken_step] == (0.0 if broken_step == 0 else noises[1])
+    assert np.isfinite(noises).all()
+
+
 def test_an_answer_that_no_function_judged_moves_nothing(tiny, tmp_path):
     def judge(completion_ids, **_):
         return [None if i % 4 == 0 else float(ids[0] % 2 == 0) for i, ids in enumerate(completion_ids)]
