@@ -217,11 +217,19 @@ class TokenCredit:
         wanted = self.args.progress_noise_floor
         return max(2 * self.run_state.noise, 1e-6) if wanted == "auto" else float(wanted)
 
+    @property
+    def noise(self) -> float:
+        """As it was measured; NaN where nobody asked for that."""
+        return self.run_state.noise if self._measures_noise else math.nan
+
+    @property
+    def _measures_noise(self) -> bool:
+        return self.args.algorithm == "erpo" and self.args.progress_noise_floor == "auto"
+
     def _noise_is_due(self) -> bool:
-        wanted = self.args.algorithm == "erpo" and self.args.progress_noise_floor == "auto"
         step = self.state.global_step
         due = step % self.args.noise_floor_every == 0 or self.run_state.noise_is_missing
-        return wanted and due and step != self._noise_step
+        return self._measures_noise and due and step != self._noise_step
 
     def _measure_noise(self, policy, rollouts: Rollouts, logps: Tensor) -> None:
         self._noise_step = self.state.global_step

@@ -147,10 +147,9 @@ class ERPOTrainer(ShardedWeights, ZeroParts, WholeCheckpoints, SampledAnswers, T
         """TRL's, with what the steps since the last call have counted on all ranks."""
         if self._totals:
             with self._timed("log"):
-                found = measures.step_metrics(ranks.gather_totals(self.accelerator, self._totals), self.noise_floor)
+                found = measures.step_metrics(ranks.gather_totals(self.accelerator, self._totals), self.noise)
             if not self._needs_reference:
                 found = {name: v for name, v in found.items() if name not in measures.OF_REFERENCE}
-            found["erpo/progress_noise"] = self.run_state.noise
             found["erpo/skipped_steps"] = self.run_state.skipped_steps
             found |= {f"time/{phase}": seconds for phase, seconds in self._seconds.items()}
             for name, value in found.items():

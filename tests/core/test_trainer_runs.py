@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from erpo_core import ERPOConfig, ERPOTrainer
 from erpo_core.errors import RunError
 from erpo_core.metric_names import describe
+from erpo_core.trainer import credit
 from erpo_core.trainer.scoring import score_rollouts
 from tiny_model import make_tiny_model
 
@@ -212,6 +213,19 @@ def test_a_noise_measurement_that_is_not_finite_is_made_again_at_the_next_step(t
     assert sorted(set(measured)) == ([0, 1, 2] if broken_step == 0 else [0, 2, 3])
     assert noises[broken_step] == (0.0 if broken_step == 0 else noises[1])
     assert np.isfinite(noises).all()
+
+
+@pytest.mark.parametrize("floor", ["auto", 0.0, 1e-6])
+def test_the_signal_to_noise_ratio_is_over_the_noise_that_was_measured(tiny, tmp_path, monkeypatch, floor):
+    monkeypatch.setattr(credit, "measure_noise", lambda *_, **__: 1e-3)
+    trainer = make_trainer(tiny, tmp_path, progress_noise_floor=floor)
+    trainer.train()
+    last = [entry for entry in trainer.state.log_history if "entropy" in entry][-1]
+    assert last["erpo/progress_std"] > 0
+    if floor == "auto":
+        assert last["erpo/progress_snr"] == last["erpo/progress_std"] / 1e-3
+    else:
+        assert last["erpo/progress_snr"] is last["erpo/progress_noise"] is None, "nothing was measured"
 
 
 def test_an_answer_that_no_function_judged_moves_nothing(tiny, tmp_path):
