@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from erpo_core.loss import LossTerms
+from erpo_core.rewards.verify import Verdict
 from erpo_core.trainer.totals import Totals
 
 if TYPE_CHECKING:
@@ -46,6 +47,13 @@ def count_completions(totals: Totals, samples: "Sequence[Sample]") -> None:
             totals.low(f"completions/min_{name}length", length)
             totals.peak(f"completions/max_{name}length", length)
     totals.add("completions/clipped_ratio", sum(not sample.finished for sample in samples), len(samples))
+
+
+def count_verdicts(totals: Totals, verdicts: Sequence[str | None]) -> None:
+    """Count how the checks of some answers ended; None was not checked."""
+    judged = [verdict for verdict in verdicts if verdict]
+    for name in Verdict if judged else ():
+        totals.add(f"verdict/{name}", judged.count(name), len(judged))
 
 
 @torch.no_grad()

@@ -204,6 +204,7 @@ class SampledAnswers:
     def _count_answers(self, answers: list[Answer]) -> None:
         samples = [answer.sample for answer in answers]
         measures.count_completions(self._totals, samples)
+        measures.count_verdicts(self._totals, [answer.verdict for answer in answers])
         for name, values in zip(self.reward_func_names, self._per_function(answers).unbind(1), strict=True):
             self._totals.add_values(f"rewards/{name}", values[~values.isnan()])
 

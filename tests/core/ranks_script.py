@@ -7,6 +7,7 @@ over ranks and micro-batches differs. In the others the policy samples.
 
 import json
 import sys
+from functools import wraps
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -61,7 +62,23 @@ def reward_of_every_other_prompt(completion_ids, prompts, **_):
     return [value if ord(prompt[0]) % 2 else 0.0 for prompt, value in rewards]
 
 
-REWARDS = {"all": reward, "half": half_judged, "every other prompt": reward_of_every_other_prompt}
+def with_verdicts(function):
+    """The function, and a verdict on each answer, as the reward ``accuracy`` has it."""
+
+    @wraps(function)
+    def judge(**columns):
+        values = function(**columns)
+        judge.last_verdicts = ["right" if value else "wrong" for value in values]
+        return values
+
+    return judge
+
+
+REWARDS = {
+    "all": with_verdicts(reward),
+    "half": with_verdicts(half_judged),
+    "every other prompt": with_verdicts(reward_of_every_other_prompt),
+}
 
 
 def policy(folder: str, tuning: str):

@@ -37,6 +37,7 @@ METRICS = (
     "erpo/max_abs_advantage",
     "erpo/credit_on_top20_entropy",
     "completions/right_wrong_length_ratio",
+    "verdict/right",
 )
 LORA = {"r": 8, "lora_alpha": 16}
 
