@@ -70,8 +70,10 @@ METRICS: dict[str, str] = {
     "erpo/max_abs_advantage": "Largest |advantage|.",
     "erpo/advantage_sum_residual": "Largest |mean advantage| of a live group; 0 by eq. 16.",
     "erpo/advantage_var_residual": "Largest distance of a live group's variance from 1; 0 by eq. 16.",
-    "erpo/advantage_sum_residual_applied": "The same after clipping: of what the optimiser got.",
-    "erpo/advantage_var_residual_applied": "The same after clipping: of what the optimiser got.",
+    "erpo/advantage_sum_residual_applied": "The same after clipping: of what the optimiser got, where a step has "
+    "whole groups.",
+    "erpo/advantage_var_residual_applied": "The same after clipping: of what the optimiser got, where a step has "
+    "whole groups.",
     "erpo/credit_on_top20_entropy": "Share of |advantage| on the 20% of tokens of highest entropy.",
     "erpo/skipped_steps": "Steps without an update so far, because the gradient was not finite.",
 }

@@ -46,7 +46,7 @@ class RecordCallback(TrainerCallback):
     def attach(self, trainer) -> None:
         """Take what the trainer keeps of its steps; only the first process reports, any may be asked to leave."""
         self.trainer = trainer
-        trainer.keeps_rollouts = trainer.is_world_process_zero()
+        trainer.keeps_rollouts, trainer.keeps_traces = trainer.is_world_process_zero(), True
         trainer.watch = watch_and_leave(self._stop, self.watch if trainer.keeps_rollouts else None)
 
     def summary(self) -> dict[str, float]:

@@ -69,6 +69,7 @@ class TokenCredit:
         """Log-probabilities (B, T) of the policy as it is now, with gradient."""
         with self._deterministic(policy), self._timed("forward"):
             scores = self._sparing_the_dead(lambda rollouts: self._scores(policy, rollouts), batch)
+        batch.old = replace(batch.old, leverage_norms=spread(scores.leverage_norms, batch.rollouts.mask))
         return spread(scores.logps, batch.rollouts.mask)
 
     def _sparing_the_dead(self, score: Callable[[Rollouts], TokenScores], batch: MicroBatch) -> TokenScores:
@@ -119,12 +120,9 @@ class TokenCredit:
     def _score_before_the_loss(self, batches: list[MicroBatch]) -> None:
         """``old`` of each: groups may lie across micro-batches and ranks."""
         found = [spread_scores(self._score(self._policy, batch), batch.rollouts.mask) for batch in batches]
-        masks = [batch.rollouts.mask for batch in batches]
-        width = max(mask.shape[1] for mask in masks)
-        columns = [
-            stack_rows([columns[name] for columns in found], width) for name in ("entropies", "logps", "ref_logps")
-        ]
-        mask, rewards = stack_rows(masks, width), torch.cat([batch.rewards for batch in batches])
+        columns = [stack_rows([columns[name] for columns in found]) for name in ("entropies", "logps", "ref_logps")]
+        mask = stack_rows([batch.rollouts.mask for batch in batches])
+        rewards = torch.cat([batch.rewards for batch in batches])
         outcomes = torch.cat([batch.outcomes for batch in batches])
         if len(mask) % self.num_generations:
             *columns, whole, rewards, outcomes = (
@@ -142,7 +140,7 @@ class TokenCredit:
                 signals, **{name: cut_columns(v[rows], batch.rollouts.mask) for name, v in vars(signals).items()}
             )
             advantages = self._final(own, batch.rollouts.mask, scores["entropies"])
-            batch.old = Scored(**scores, signals=own, advantages=advantages)
+            batch.old = Scored(**scores | {"leverage_norms": None}, signals=own, advantages=advantages)
 
     def _signals(self, entropies, logps, ref_logps, mask, rewards, outcomes, totals: Totals) -> ERPOSignals:
         """Eqs. 3 and 7-10 for whole groups; what is counted of them goes to ``totals``."""

@@ -33,6 +33,8 @@ class SampledAnswers:
     accelerator: Accelerator
     keeps_rollouts: bool
     """Whether somebody empties ``rollout_log`` and ``traces``; otherwise only the last generation is kept."""
+    keeps_traces: bool
+    """Whether token traces are taken for one of the ranks that keep; on all ranks alike."""
     rollout_log: list[MicroBatch]
     watch: Watch | None = None
     """Told how far this rank's answers of a step are."""

@@ -147,10 +147,19 @@ def update(model: str, out: Path, layout: str, tuning: str = "lora", max_grad_no
         save_strategy="no",
         progress_noise_floor=1e-6,
         shuffle_dataset=False,
+        trace_every=2,
+        trace_groups=PROMPTS,
         **settings,
     )
+    trainer.keeps_rollouts, trainer.keeps_traces = trainer.is_world_process_zero(), True
     trainer.train()
     report(trainer, out)
+    if trainer.keeps_rollouts:
+        traces = [
+            [trace.step, trace.number, [answer.channels["advantage"].tolist() for answer in trace.answers]]
+            for trace in trainer.traces
+        ]
+        (out / "traces.json").write_text(json.dumps(traces))
 
 
 def resume(model: str, out: Path, tuning: str = "lora", **settings) -> None:

@@ -5,14 +5,16 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
-from test_trainer import DATASET, rollouts, train
+from test_trainer import DATASET, Records, rollouts, train
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from erpo_core import ERPOConfig, ERPOTrainer
+from erpo_core.codec import decode_trace
 from erpo_core.errors import RunError
 from erpo_core.metric_names import describe
 from erpo_core.trainer import credit
+from erpo_core.trainer.callbacks import RecordCallback
 from erpo_core.trainer.scoring import score_rollouts
 from tiny_model import make_tiny_model
 
@@ -275,6 +277,51 @@ def test_one_update_whatever_the_path(tiny, tmp_path, option):
     changed, same = weights_after(tiny, tmp_path, gradient_checkpointing=option == "gradient_checkpointing")
     assert same == answers
     torch.testing.assert_close(plain, changed, atol=1e-5, rtol=1e-5)
+
+
+def recorded(tiny, folder, **changes) -> Records:
+    """The records of a trainer whose micro-batches are chosen here; a job's are derived."""
+    records = Records()
+    trainer = make_trainer(tiny, folder, **(changes | {"trace_every": 1}))
+    callback = RecordCallback(records, records, {})
+    trainer.add_callback(callback)
+    callback.attach(trainer)
+    trainer.train()
+    return records
+
+
+@pytest.mark.parametrize(
+    ("size", "accumulation", "steps_per_generation"),
+    [pytest.param(2, 4, 4, id="of one update"), pytest.param(2, 1, 4, id="of several updates")],
+)
+def test_groups_in_parts_are_traced_and_checked_as_whole_ones(tiny, tmp_path, size, accumulation, steps_per_generation):
+    whole = recorded(tiny, tmp_path, trace_groups=2)
+    parts = recorded(
+        tiny,
+        tmp_path,
+        trace_groups=2,
+        per_device_train_batch_size=size,
+        gradient_accumulation_steps=accumulation,
+        steps_per_generation=steps_per_generation,
+    )
+    names = ("prompt_id", "group", "sample", "completion", "reward", "advantage", "verdict")
+    found = [[trace for trace in records.by_kind["trace"] if trace.step == 1] for records in (whole, parts)]
+    assert [trace.meta["group"] for trace in found[0]] == [0, 0, 0, 0, 1, 1, 1, 1]
+    for one, two in zip(*found, strict=True):
+        assert [one.meta[name] for name in names] == pytest.approx([two.meta[name] for name in names])
+        assert one.meta["group_stats"] == pytest.approx(two.meta["group_stats"], rel=1e-5)
+        channels = [decode_trace(trace.payload) for trace in (one, two)]
+        if accumulation == 1 and "leverage" not in channels[1]:
+            del channels[0]["leverage"]  # another update differentiates this answer
+        for name, values in channels[0].items():
+            np.testing.assert_allclose(values, channels[1][name], atol=2e-3, err_msg=name)
+    assert np.abs(channels[0]["advantage"]).max() > 0
+    if accumulation > 1:
+        for name in ("sum", "var"):
+            values = [records.by_kind["metrics"][0].values for records in (whole, parts)]
+            name = f"erpo/advantage_{name}_residual_applied"
+            assert values[1][name] == pytest.approx(values[0][name], abs=1e-5)
+            assert values[1][name] < 1e-3
 
 
 def no_contrast_in_the_first_group(completion_ids, **_):
