@@ -37,6 +37,8 @@ class Scored:
     kls: Tensor
     signals: ERPOSignals
     advantages: Tensor
+    gate_stats: tuple[float, float] | None
+    """Mean and standard deviation of the entropy that the gates took in place of their group's."""
 
 
 @dataclass
@@ -87,4 +89,6 @@ class TraceGroup:
     """Among those of the generation."""
     answers: list[TracedAnswer]
     noise_floor: float
+    gate_stats: tuple[float, float] | None
+    """See :class:`Scored`."""
     step: int

@@ -115,7 +115,7 @@ class TokenCredit:
         known = [columns[name] for name in names]
         signals = self._signals(*known, mask, batch.rewards, batch.outcomes, self._totals)
         advantages = self._final(signals, mask, columns["entropies"])
-        return logps, Scored(**columns, signals=signals, advantages=advantages)
+        return logps, Scored(**columns, signals=signals, advantages=advantages, gate_stats=self._gate_stats)
 
     def _score_before_the_loss(self, batches: list[MicroBatch]) -> None:
         """``old`` of each: groups may lie across micro-batches and ranks."""
@@ -140,11 +140,13 @@ class TokenCredit:
                 signals, **{name: cut_columns(v[rows], batch.rollouts.mask) for name, v in vars(signals).items()}
             )
             advantages = self._final(own, batch.rollouts.mask, scores["entropies"])
-            batch.old = Scored(**scores | {"leverage_norms": None}, signals=own, advantages=advantages)
+            columns = scores | {"leverage_norms": None}
+            batch.old = Scored(**columns, signals=own, advantages=advantages, gate_stats=self._gate_stats)
 
     def _signals(self, entropies, logps, ref_logps, mask, rewards, outcomes, totals: Totals) -> ERPOSignals:
         """Eqs. 3 and 7-10 for whole groups; what is counted of them goes to ``totals``."""
-        args, state = self.args, self.run_state
+        args = self.args
+        entropy_mean, entropy_std = self._gate_stats or (None, None)
         # Scores that are not finite make the loss, and so the step, void; here they must only not raise.
         signals = erpo_advantages(
             entropies.nan_to_num(0.0),
@@ -160,8 +162,8 @@ class TokenCredit:
             psi_std=args.psi_std,
             stabilizer=args.stabilizer,
             progress_noise_floor=self.noise_floor,
-            entropy_mean=state.entropy_mean if args.entropy_stats == "ema" else None,
-            entropy_std=state.entropy_std if args.entropy_stats == "ema" else None,
+            entropy_mean=entropy_mean,
+            entropy_std=entropy_std,
             gate=args.gate,
             anchor=args.anchor,
             norm=args.norm,
@@ -174,6 +176,14 @@ class TokenCredit:
         for index, value in enumerate((len(wide), wide.sum().item(), wide.square().sum().item())):
             self._entropy_sums[index] += value
         return signals
+
+    @property
+    def _gate_stats(self) -> tuple[float, float] | None:
+        """Moving mean and standard deviation of the entropy; None where the group's own count."""
+        state = self.run_state
+        if self.args.entropy_stats == "group" or state.entropy_mean is None:
+            return None
+        return state.entropy_mean, state.entropy_std
 
     def _final(self, signals: ERPOSignals, mask: Tensor, entropies: Tensor) -> Tensor:
         """(B, T) advantages as the loss takes them."""

@@ -89,8 +89,10 @@ def _channels(batch: MicroBatch, scored: Scored, row: int) -> dict[str, np.ndarr
 
 def _group_stats(group: TraceGroup) -> dict[str, float]:
     """What, with the stored channels, rebuilds W, s~, Psi and A^."""
-    entropies = np.concatenate([answer.channels["entropy"] for answer in group.answers])
     found = {"noise_floor": group.noise_floor}
-    if len(entropies):
+    entropies = np.concatenate([answer.channels["entropy"] for answer in group.answers])
+    if group.gate_stats is not None:
+        found["entropy_mean"], found["entropy_std"] = group.gate_stats
+    elif len(entropies):
         found |= {"entropy_mean": float(entropies.mean()), "entropy_std": float(entropies.std())}
     return found

@@ -203,8 +203,11 @@ class ERPOTrainer(ShardedWeights, ZeroParts, WholeCheckpoints, SampledAnswers, T
         if wanted > own:
             answers = ranks.gather_list(self.accelerator, answers)
         if self.keeps_rollouts:
-            step, groups = self.state.global_step + 1, self._groups_of(answers)
-            self.traces += [TraceGroup(n, group, self.noise_floor, step) for n, group in enumerate(groups)]
+            gate_stats = (batches[0].old or batches[0].last_scored).gate_stats
+            self.traces += [
+                TraceGroup(number, group, self.noise_floor, gate_stats, self.state.global_step + 1)
+                for number, group in enumerate(self._groups_of(answers))
+            ]
 
     def _traces_this_step(self) -> bool:
         step, every = self.state.global_step + 1, self.args.trace_every
