@@ -78,7 +78,8 @@ class ERPOTrainer(ShardedWeights, ZeroParts, WholeCheckpoints, SampledAnswers, T
         self._reference = Reference(self._policy)
         self._engine_of = make_sampler(args, self._policy, self.processing_class, self.accelerator)
         self._scores_in_float32 = self._resolve_scoring_dtype() == "float32"
-        self.add_callback(SkipNonFinite(self))
+        self._guard = SkipNonFinite(self)
+        self.add_callback(self._guard)
         self.add_callback(SaveAtBoundaries())
 
     @property
@@ -135,6 +136,7 @@ class ERPOTrainer(ShardedWeights, ZeroParts, WholeCheckpoints, SampledAnswers, T
             loss = super().training_step(model, inputs, num_items_in_batch)
         if self.accelerator.sync_gradients:
             ranks.sum_gradients(self.accelerator, self._policy)
+            self._guard.look()
             if self._applied:
                 self._count_applied()
             if self._traces_this_step():
@@ -152,6 +154,7 @@ class ERPOTrainer(ShardedWeights, ZeroParts, WholeCheckpoints, SampledAnswers, T
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """TRL's, with what the steps since the last call have counted on all ranks."""
+        self._guard.keep_sums_finite(logs)
         if self._totals:
             with self._timed("log"):
                 found = measures.step_metrics(ranks.gather_totals(self.accelerator, self._totals), self.noise)

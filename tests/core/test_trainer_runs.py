@@ -180,18 +180,36 @@ def test_a_gradient_that_is_not_finite_is_skipped_and_then_fails_the_run(tiny, t
     assert caught.value.code == "nonfinite_loss"
 
 
+def test_the_failure_names_the_gradients_that_are_not_finite_and_no_others(tiny, tmp_path):
+    """transformers' clipping spreads one NaN over all of them."""
+    trainer = make_trainer(tiny, tmp_path, max_skipped_steps=0)
+    name, parameter = next((n, p) for n, p in trainer.model.named_parameters() if "lora_B" in n)
+    values = torch.linspace(-2, 1, parameter.numel()).view(parameter.shape)
+    values.view(-1)[3:6] = torch.tensor([float("nan"), float("nan"), float("inf")])
+    parameter.register_hook(lambda gradient: values)
+    with pytest.raises(RunError) as caught:
+        trainer.train()
+    trained = sum(p.requires_grad for p in trainer.model.parameters())
+    assert f"1 of {trained} gradients, first {name} (-2 to 1, 2 NaN, 1 Inf); weights" in caught.value.message
+    assert len(caught.value.message) < 400
+
+
 def test_scores_that_are_not_finite_skip_the_step_as_well(tiny, tmp_path):
-    trainer = make_trainer(tiny, tmp_path, max_steps=1)
+    trainer = make_trainer(tiny, tmp_path, max_steps=3)
     score = trainer._scores
 
     def overflow(*given):
         scores = score(*given)
-        object.__setattr__(scores, "logps", scores.logps * float("nan"))
+        if trainer.state.global_step == 1:
+            object.__setattr__(scores, "logps", scores.logps * float("nan"))
         return scores
 
     trainer._scores = overflow
-    trainer.train()
+    output = trainer.train()
     assert trainer.run_state.skipped_steps == 1
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert [np.isfinite(loss) for loss in losses] == [True, False, True], "told as it is, and once"
+    assert output.training_loss == pytest.approx((losses[0] + losses[2]) / 3)
 
 
 @pytest.mark.parametrize("broken_step", [0, 2])
