@@ -60,8 +60,8 @@ METRICS: dict[str, str] = {
     "erpo/frac_live_by_shaping": "Share of groups alive through other rewards than the outcome alone.",
     "erpo/frac_silent_buckets": "Share of buckets whose progress is no more than noise.",
     "erpo/progress_std": "Standard deviation of the progress s (eq. 7).",
-    "erpo/progress_snr": "That, over the measured noise.",
-    "erpo/progress_noise": "Standard deviation of s that rounding alone makes.",
+    "erpo/progress_snr": "That, over the measured noise; absent where none is measured, or it is 0.",
+    "erpo/progress_noise": "Standard deviation of s that rounding alone makes (progress_noise_floor auto).",
     "erpo/gate_mean_top5": "Mean gate W (eq. 8) on the 5% of tokens of highest entropy.",
     "erpo/gate_mean_bottom5": "Mean gate on the 5% of lowest entropy.",
     "erpo/psi_std": "Standard deviation of Psi (eq. 10) on the tokens that have it.",
@@ -70,8 +70,10 @@ METRICS: dict[str, str] = {
     "erpo/max_abs_advantage": "Largest |advantage|.",
     "erpo/advantage_sum_residual": "Largest |mean advantage| of a live group; 0 by eq. 16.",
     "erpo/advantage_var_residual": "Largest distance of a live group's variance from 1; 0 by eq. 16.",
-    "erpo/advantage_sum_residual_applied": "The same after clipping: of what the optimiser got.",
-    "erpo/advantage_var_residual_applied": "The same after clipping: of what the optimiser got.",
+    "erpo/advantage_sum_residual_applied": "The same after clipping: of what the optimiser got, where a step has "
+    "whole groups.",
+    "erpo/advantage_var_residual_applied": "The same after clipping: of what the optimiser got, where a step has "
+    "whole groups.",
     "erpo/credit_on_top20_entropy": "Share of |advantage| on the 20% of tokens of highest entropy.",
     "erpo/skipped_steps": "Steps without an update so far, because the gradient was not finite.",
 }

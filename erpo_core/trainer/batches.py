@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+from numpy import ndarray
 from torch import Tensor
 
 from erpo_core.advantages import ERPOSignals
@@ -31,10 +32,13 @@ class Scored:
     logps: Tensor
     ref_logps: Tensor
     entropies: Tensor
-    leverage_norms: Tensor
+    leverage_norms: Tensor | None
+    """Of the forward that is differentiated; None before it."""
     kls: Tensor
     signals: ERPOSignals
     advantages: Tensor
+    gate_stats: tuple[float, float] | None
+    """Mean and standard deviation of the entropy that the gates took in place of their group's."""
 
 
 @dataclass
@@ -64,11 +68,27 @@ class MicroBatch:
 
 
 @dataclass(frozen=True)
-class TraceGroup:
-    """What is kept of the groups of one micro-batch: the first ``groups`` of them."""
+class TracedAnswer:
+    """What is kept of one response of a group that is traced."""
 
-    batch: MicroBatch
-    scored: Scored
+    example: dict[str, Any]
+    completion: str
+    reward: float
+    verdict: str | None
+    advantage: float
+    """A_i."""
+    channels: dict[str, ndarray]
+    """{name: (tokens,)} of its active tokens."""
+
+
+@dataclass(frozen=True)
+class TraceGroup:
+    """A whole group that is traced, whatever ranks and micro-batches its responses lie on."""
+
+    number: int
+    """Among those of the generation."""
+    answers: list[TracedAnswer]
     noise_floor: float
+    gate_stats: tuple[float, float] | None
+    """See :class:`Scored`."""
     step: int
-    groups: int

@@ -1,7 +1,7 @@
 """From the trainer's callbacks to records: metrics, completions, traces, checkpoints, and the wish to stop."""
 
 import time
-from collections import Counter, deque
+from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +12,19 @@ from erpo_core.checkpoints import checkpoint_folder, manifest_files
 from erpo_core.generation.base import watch_and_leave
 from erpo_core.job import Stop
 from erpo_core.records import Checkpoint, Completions, Event, Metrics, Progress, Sink
-from erpo_core.rewards.verify import Verdict
 from erpo_core.trainer.ranks import total_of
 from erpo_core.trainer.traces import trace_records
 
-_IGNORED_METRICS = {"epoch", "total_flos", "train_loss", "train_runtime", "step_time"}
+_IGNORED_METRICS = {"epoch", "step", "total_flos", "train_loss", "train_runtime", "step_time"}
 _SUMMARY_STEPS = 10
 _TELL_SECONDS = 5.0
 
 
 class RecordCallback(TrainerCallback):
-    """Reports each step to a sink. :meth:`attach` it to its trainer before training."""
+    """Reports each step to a sink. :meth:`attach` it to its trainer before training.
+
+    Metrics are of all ranks. Of the answers themselves the first rank's share of a generation batch is kept.
+    """
 
     def __init__(self, sink: Sink, stop: Stop, origin: dict[str, Any]) -> None:
         self.trainer = None
@@ -44,7 +46,7 @@ class RecordCallback(TrainerCallback):
     def attach(self, trainer) -> None:
         """Take what the trainer keeps of its steps; only the first process reports, any may be asked to leave."""
         self.trainer = trainer
-        trainer.keeps_rollouts = trainer.is_world_process_zero()
+        trainer.keeps_rollouts, trainer.keeps_traces = trainer.is_world_process_zero(), True
         trainer.tell_removed = self._tell_removed
         trainer.watch = watch_and_leave(self._stop, self.watch if trainer.keeps_rollouts else None)
 
@@ -102,7 +104,7 @@ class RecordCallback(TrainerCallback):
         batches, self.trainer.rollout_log = self.trainer.rollout_log, []
         tokens = self.count_tokens(batches, logs)
         self.tokens += tokens
-        metrics |= self._verdicts(batches) | {"time/step": seconds, "tokens_per_second": tokens / seconds}
+        metrics |= {"time/step": seconds, "tokens_per_second": tokens / seconds}
         metrics["memory/peak_bytes"] = _peak_bytes()
         self.last = metrics
         self._recent.append(metrics)
@@ -149,10 +151,6 @@ class RecordCallback(TrainerCallback):
             "tokens_per_second": metrics["tokens_per_second"],
             "eta_seconds": elapsed / done * (state.max_steps - state.global_step),
         }
-
-    def _verdicts(self, batches: list) -> dict[str, float]:
-        verdicts = Counter(verdict for batch in batches for verdict in batch.verdicts or ())
-        return {f"verdict/{name}": verdicts[name] / verdicts.total() for name in Verdict} if verdicts else {}
 
 
 def _metrics_of(logs: dict[str, float]) -> dict[str, float]:

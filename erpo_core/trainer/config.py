@@ -69,6 +69,7 @@ class ERPOConfig(GRPOConfig):
     gradient_checkpointing: bool = False
     bf16: bool | None = None
     logging_steps: float = 1
+    logging_nan_inf_filter: bool = False
     report_to: str | list[str] = "none"
 
     def __post_init__(self):

@@ -1,5 +1,6 @@
 """What a trainer makes of the answers: scores of policy and reference, and each token's advantage."""
 
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
@@ -68,6 +69,7 @@ class TokenCredit:
         """Log-probabilities (B, T) of the policy as it is now, with gradient."""
         with self._deterministic(policy), self._timed("forward"):
             scores = self._sparing_the_dead(lambda rollouts: self._scores(policy, rollouts), batch)
+        batch.old = replace(batch.old, leverage_norms=spread(scores.leverage_norms, batch.rollouts.mask))
         return spread(scores.logps, batch.rollouts.mask)
 
     def _sparing_the_dead(self, score: Callable[[Rollouts], TokenScores], batch: MicroBatch) -> TokenScores:
@@ -113,17 +115,14 @@ class TokenCredit:
         known = [columns[name] for name in names]
         signals = self._signals(*known, mask, batch.rewards, batch.outcomes, self._totals)
         advantages = self._final(signals, mask, columns["entropies"])
-        return logps, Scored(**columns, signals=signals, advantages=advantages)
+        return logps, Scored(**columns, signals=signals, advantages=advantages, gate_stats=self._gate_stats)
 
     def _score_before_the_loss(self, batches: list[MicroBatch]) -> None:
         """``old`` of each: groups may lie across micro-batches and ranks."""
         found = [spread_scores(self._score(self._policy, batch), batch.rollouts.mask) for batch in batches]
-        masks = [batch.rollouts.mask for batch in batches]
-        width = max(mask.shape[1] for mask in masks)
-        columns = [
-            stack_rows([columns[name] for columns in found], width) for name in ("entropies", "logps", "ref_logps")
-        ]
-        mask, rewards = stack_rows(masks, width), torch.cat([batch.rewards for batch in batches])
+        columns = [stack_rows([columns[name] for columns in found]) for name in ("entropies", "logps", "ref_logps")]
+        mask = stack_rows([batch.rollouts.mask for batch in batches])
+        rewards = torch.cat([batch.rewards for batch in batches])
         outcomes = torch.cat([batch.outcomes for batch in batches])
         if len(mask) % self.num_generations:
             *columns, whole, rewards, outcomes = (
@@ -141,11 +140,13 @@ class TokenCredit:
                 signals, **{name: cut_columns(v[rows], batch.rollouts.mask) for name, v in vars(signals).items()}
             )
             advantages = self._final(own, batch.rollouts.mask, scores["entropies"])
-            batch.old = Scored(**scores, signals=own, advantages=advantages)
+            columns = scores | {"leverage_norms": None}
+            batch.old = Scored(**columns, signals=own, advantages=advantages, gate_stats=self._gate_stats)
 
     def _signals(self, entropies, logps, ref_logps, mask, rewards, outcomes, totals: Totals) -> ERPOSignals:
         """Eqs. 3 and 7-10 for whole groups; what is counted of them goes to ``totals``."""
-        args, state = self.args, self.run_state
+        args = self.args
+        entropy_mean, entropy_std = self._gate_stats or (None, None)
         # Scores that are not finite make the loss, and so the step, void; here they must only not raise.
         signals = erpo_advantages(
             entropies.nan_to_num(0.0),
@@ -161,8 +162,8 @@ class TokenCredit:
             psi_std=args.psi_std,
             stabilizer=args.stabilizer,
             progress_noise_floor=self.noise_floor,
-            entropy_mean=state.entropy_mean if args.entropy_stats == "ema" else None,
-            entropy_std=state.entropy_std if args.entropy_stats == "ema" else None,
+            entropy_mean=entropy_mean,
+            entropy_std=entropy_std,
             gate=args.gate,
             anchor=args.anchor,
             norm=args.norm,
@@ -175,6 +176,14 @@ class TokenCredit:
         for index, value in enumerate((len(wide), wide.sum().item(), wide.square().sum().item())):
             self._entropy_sums[index] += value
         return signals
+
+    @property
+    def _gate_stats(self) -> tuple[float, float] | None:
+        """Moving mean and standard deviation of the entropy; None where the group's own count."""
+        state = self.run_state
+        if self.args.entropy_stats == "group" or state.entropy_mean is None:
+            return None
+        return state.entropy_mean, state.entropy_std
 
     def _final(self, signals: ERPOSignals, mask: Tensor, entropies: Tensor) -> Tensor:
         """(B, T) advantages as the loss takes them."""
@@ -216,10 +225,19 @@ class TokenCredit:
         wanted = self.args.progress_noise_floor
         return max(2 * self.run_state.noise, 1e-6) if wanted == "auto" else float(wanted)
 
+    @property
+    def noise(self) -> float:
+        """As it was measured; NaN where nobody asked for that."""
+        return self.run_state.noise if self._measures_noise else math.nan
+
+    @property
+    def _measures_noise(self) -> bool:
+        return self.args.algorithm == "erpo" and self.args.progress_noise_floor == "auto"
+
     def _noise_is_due(self) -> bool:
-        wanted = self.args.algorithm == "erpo" and self.args.progress_noise_floor == "auto"
         step = self.state.global_step
-        return wanted and step % self.args.noise_floor_every == 0 and step != self._noise_step
+        due = step % self.args.noise_floor_every == 0 or self.run_state.noise_is_missing
+        return self._measures_noise and due and step != self._noise_step
 
     def _measure_noise(self, policy, rollouts: Rollouts, logps: Tensor) -> None:
         self._noise_step = self.state.global_step
@@ -227,4 +245,8 @@ class TokenCredit:
         count = int(group.mask.sum())
         in_step = goes_in_step(policy)
         noise = measure_noise(lambda part: self._scores(policy, part).logps, group, logps[:count], in_step=in_step)
-        self.run_state.noise = self.args.progress_scale * ranks.mean_of(self.accelerator, noise)
+        found = self.args.progress_scale * ranks.mean_of(self.accelerator, noise)
+        # Scores that are not finite tell nothing of rounding: the value before stays, the next step measures again.
+        self.run_state.noise_is_missing = not math.isfinite(found)
+        if math.isfinite(found):
+            self.run_state.noise = found

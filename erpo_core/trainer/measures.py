@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from erpo_core.loss import LossTerms
+from erpo_core.rewards.verify import Verdict
 from erpo_core.trainer.totals import Totals
 
 if TYPE_CHECKING:
@@ -46,6 +47,13 @@ def count_completions(totals: Totals, samples: "Sequence[Sample]") -> None:
             totals.low(f"completions/min_{name}length", length)
             totals.peak(f"completions/max_{name}length", length)
     totals.add("completions/clipped_ratio", sum(not sample.finished for sample in samples), len(samples))
+
+
+def count_verdicts(totals: Totals, verdicts: Sequence[str | None]) -> None:
+    """Count how the checks of some answers ended; None was not checked."""
+    judged = [verdict for verdict in verdicts if verdict]
+    for name in Verdict if judged else ():
+        totals.add(f"verdict/{name}", judged.count(name), len(judged))
 
 
 @torch.no_grad()
@@ -99,13 +107,14 @@ def count_invariants(
         totals.peak(f"erpo/advantage_{suffix}_residual{name}", residual[heard].max().item() if heard.any() else 0.0)
 
 
-def step_metrics(totals: Totals, noise_floor: float) -> dict[str, float]:
-    """{metric name: value}; NaN where there was nothing to measure."""
+def step_metrics(totals: Totals, noise: float) -> dict[str, float]:
+    """{metric name: value}; NaN where there was nothing to measure. ``noise``: of the progress; NaN where unknown."""
     found = totals.means()
     for name in _MOMENTS:
         found[name] = totals.std(name)
     found["reward_std"] = totals.std("reward_std", correction=1)
-    found["erpo/progress_snr"] = 2 * found["erpo/progress_std"] / noise_floor
+    found["erpo/progress_noise"] = noise
+    found["erpo/progress_snr"] = found["erpo/progress_std"] / noise if noise else float("nan")
     lengths = [totals.mean(f"length/{side}") for side in ("right", "wrong")]
     found["completions/right_wrong_length_ratio"] = lengths[0] / lengths[1] if lengths[1] else float("nan")
     found.pop("length/right", None)

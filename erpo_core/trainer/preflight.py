@@ -21,6 +21,7 @@ from erpo_core.generation.base import watch_and_leave
 from erpo_core.job import Stop
 from erpo_core.records import Event, Progress, Sink
 from erpo_core.rewards.answers import has_answer
+from erpo_core.trainer import ranks
 
 if TYPE_CHECKING:
     from erpo_core.trainer.trainer import ERPOTrainer
@@ -60,7 +61,7 @@ class Findings:
 
 
 def run_preflight(trainer: "ERPOTrainer", sink: Sink, stop: Stop) -> None:
-    """Emit ``preflight.passed`` with what was seen, or fail.
+    """Emit ``preflight.passed`` with what this rank saw, or fail; on all ranks alike. All must call it.
 
     Raises:
         LeftEarlyError: asked to leave.
@@ -69,15 +70,17 @@ def run_preflight(trainer: "ERPOTrainer", sink: Sink, stop: Stop) -> None:
     rows = trainer.train_dataset
     order = random.Random(trainer.args.seed).sample(range(len(rows)), min(MAX_PROMPTS, len(rows)))
     size = trainer.args.generation_batch_size // trainer.num_generations
-    found = Findings()
+    found, spread = Findings(), 0.0
     with _random_state_kept():
         for start in range(0, len(order), size):
             sink.emit(Progress("generate", start, len(order)))
             found += _look_at(trainer, [rows[index] for index in order[start : start + size]], start, stop)
-            if found.groups_with_spread:
+            # Every rank asks the same, and may see other rewards: a check that timed out, a reward that draws.
+            spread = ranks.total_of(trainer.accelerator, [float(found.groups_with_spread)])[0]
+            if spread:
                 break
     wants_box = any(name.startswith(_WANTS_BOX) for name in trainer.reward_func_names)
-    if found.groups_with_spread:
+    if spread:
         sink.emit(_passed(found, wants_box))
     else:
         reasons = why_nothing_is_learnt(found, wants_box, trainer.max_completion_length)

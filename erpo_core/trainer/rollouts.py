@@ -33,6 +33,8 @@ class SampledAnswers:
     accelerator: Accelerator
     keeps_rollouts: bool
     """Whether somebody empties ``rollout_log`` and ``traces``; otherwise only the last generation is kept."""
+    keeps_traces: bool
+    """Whether token traces are taken for one of the ranks that keep; on all ranks alike."""
     rollout_log: list[MicroBatch]
     watch: Watch | None = None
     """Told how far this rank's answers of a step are."""
@@ -204,6 +206,7 @@ class SampledAnswers:
     def _count_answers(self, answers: list[Answer]) -> None:
         samples = [answer.sample for answer in answers]
         measures.count_completions(self._totals, samples)
+        measures.count_verdicts(self._totals, [answer.verdict for answer in answers])
         for name, values in zip(self.reward_func_names, self._per_function(answers).unbind(1), strict=True):
             self._totals.add_values(f"rewards/{name}", values[~values.isnan()])
 

@@ -32,7 +32,9 @@ def pad_logps(given: Sequence[Sequence[float] | None], like: Tensor) -> Tensor:
     return rows.to(like.device)
 
 
-def stack_rows(rows: list[Tensor], width: int) -> Tensor:
+def stack_rows(rows: list[Tensor]) -> Tensor:
+    """(B, T) of several micro-batches, padded with 0 to the widest."""
+    width = max(values.shape[1] for values in rows)
     return torch.cat([pad(values, (0, width - values.shape[1])) for values in rows])
 
 

@@ -80,7 +80,8 @@ class SolutionTrainer(ShardedWeights, ZeroParts, WholeCheckpoints, SFTTrainer):
         self.traces: list[Any] = []
         super().__init__(*args, **kwargs)
         widen_adapters(self._policy)
-        self.add_callback(SkipNonFinite(self))
+        self._guard = SkipNonFinite(self)
+        self.add_callback(self._guard)
         self.add_callback(RotateCheckpoints(self))
         self._engine_of = TransformersSampler(self.processing_class)
 
@@ -93,8 +94,16 @@ class SolutionTrainer(ShardedWeights, ZeroParts, WholeCheckpoints, SFTTrainer):
             call = {"n": n, "stop_ids": stop_token_ids(self.processing_class), "seed": seed, **sampling}
             return ranks.sampled_together(self.accelerator, engine, watch, prompts, **call)
 
+    def training_step(self, *args, **kwargs) -> torch.Tensor:
+        """TRL's, with a look at the gradients of a step before they are clipped."""
+        loss = super().training_step(*args, **kwargs)
+        if self.accelerator.sync_gradients:
+            self._guard.look()
+        return loss
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """TRL's, with the count of skipped steps."""
+        self._guard.keep_sums_finite(logs)
         self._metrics["train"]["erpo/skipped_steps"] = [self.run_state.skipped_steps]
         super().log(logs, start_time)
 
@@ -171,6 +180,7 @@ def make_sft_config(spec: SftTrainSpec, output_dir: Path, *, bf16: bool) -> Solu
         use_cpu=not on_gpu,
         disable_tqdm=True,
         logging_steps=1,
+        logging_nan_inf_filter=False,
         report_to="none",
         save_strategy="steps",
         dataloader_pin_memory=False,

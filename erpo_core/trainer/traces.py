@@ -11,42 +11,54 @@ from erpo_core.analysis.tokens import display_tokens
 from erpo_core.codec import encode_trace
 from erpo_core.records import Trace
 from erpo_core.specs.entropy import DetectorSpec
+from erpo_core.trainer.batches import MicroBatch, Scored, TracedAnswer, TraceGroup
 
 if TYPE_CHECKING:
-    from erpo_core.trainer.batches import TraceGroup
     from erpo_core.trainer.trainer import ERPOTrainer
 
 
-def trace_records(trace: "TraceGroup", trainer: "ERPOTrainer", origin: dict[str, Any]) -> Iterator[Trace]:
-    """One record per response of the kept groups."""
-    batch, scored, size = trace.batch, trace.scored, trainer.num_generations
-    rows = range(min(len(batch.examples), trace.groups * size))
-    first_group = batch.first_row // size
-    columns = [_columns(trace, row) for row in rows]
-    pivots = find_pivots([found["entropy"] for found in columns], DetectorSpec())
-    for row, found, positions in zip(rows, columns, pivots, strict=True):
-        tokens = display_tokens(trainer.processing_class, found["token_ids"].tolist())
-        stats, histogram = sequence_stats(found["entropy"])
-        example = batch.examples[row]
+def traced_answers(batch: MicroBatch, scored: Scored, count: int) -> list[TracedAnswer]:
+    """The first ``count`` responses of a micro-batch, or as many as it has."""
+    return [
+        TracedAnswer(
+            example=batch.examples[row],
+            completion=batch.completions[row],
+            reward=float(batch.rewards[row]),
+            verdict=batch.verdicts[row] if batch.verdicts else None,
+            advantage=float(scored.signals.group_advantages[row]),
+            channels=_channels(batch, scored, row),
+        )
+        for row in range(min(count, len(batch.examples)))
+    ]
+
+
+def trace_records(group: TraceGroup, trainer: "ERPOTrainer", origin: dict[str, Any]) -> Iterator[Trace]:
+    """One record per response."""
+    group_stats = _group_stats(group)
+    pivots = find_pivots([answer.channels["entropy"] for answer in group.answers], DetectorSpec())
+    for sample, (answer, positions) in enumerate(zip(group.answers, pivots, strict=True)):
+        channels, example = answer.channels, answer.example
+        tokens = display_tokens(trainer.processing_class, channels["token_ids"].tolist())
+        stats, histogram = sequence_stats(channels["entropy"])
         meta = {
-            "prompt_id": str(example.get("prompt_id", f"group-{first_group + row // size}")),
-            "group": first_group + row // size,
-            "sample": row % size,
+            "prompt_id": str(example.get("prompt_id", f"group-{group.number}")),
+            "group": group.number,
+            "sample": sample,
             "prompt": example.get("problem") or str(example["prompt"]),
-            "completion": batch.completions[row],
+            "completion": answer.completion,
             "num_tokens": len(tokens),
-            "reward": float(batch.rewards[row]),
-            "verdict": batch.verdicts[row] if batch.verdicts else None,
-            "advantage": float(scored.signals.group_advantages[row]),
+            "reward": answer.reward,
+            "verdict": answer.verdict,
+            "advantage": answer.advantage,
             "tokens": tokens,
             "stats": stats,
             "histogram": histogram,
-            "group_stats": _group_stats(trace, row // size, size),
+            "group_stats": group_stats,
             "pivots": [
                 {
                     "position": int(position),
-                    "entropy": float(found["entropy"][position]),
-                    "logp": float(found["logp"][position]),
+                    "entropy": float(channels["entropy"][position]),
+                    "logp": float(channels["logp"][position]),
                     "token": tokens[position],
                 }
                 for position in positions
@@ -55,13 +67,11 @@ def trace_records(trace: "TraceGroup", trainer: "ERPOTrainer", origin: dict[str,
             "exact": True,
             **origin,
         }
-        yield Trace(trace.step, meta, encode_trace(found))
+        yield Trace(group.step, meta, encode_trace(channels))
 
 
-def _columns(trace: "TraceGroup", row: int) -> dict[str, np.ndarray]:
-    batch, scored = trace.batch, trace.scored
-    active = batch.rollouts.mask[row]
-    signals = scored.signals
+def _channels(batch: MicroBatch, scored: Scored, row: int) -> dict[str, np.ndarray]:
+    active, signals = batch.rollouts.mask[row], scored.signals
     channels = {
         "token_ids": batch.rollouts.completion_ids,
         "entropy": scored.entropies,
@@ -71,20 +81,18 @@ def _columns(trace: "TraceGroup", row: int) -> dict[str, np.ndarray]:
         "normalized_progress": signals.normalized_progress,
         "psi": signals.psi,
         "advantage": scored.advantages,
-        "leverage": scored.advantages.abs() * scored.leverage_norms,
     }
+    if scored.leverage_norms is not None:
+        channels["leverage"] = scored.advantages.abs() * scored.leverage_norms
     return {name: values[row][active].detach().cpu().numpy() for name, values in channels.items()}
 
 
-def _group_stats(trace: "TraceGroup", group: int, size: int) -> dict[str, float]:
+def _group_stats(group: TraceGroup) -> dict[str, float]:
     """What, with the stored channels, rebuilds W, s~, Psi and A^."""
-    rows = slice(group * size, (group + 1) * size)
-    active = trace.batch.rollouts.mask[rows]
-    entropies = trace.scored.entropies[rows][active]
-    if not len(entropies):
-        return {"noise_floor": trace.noise_floor}
-    return {
-        "entropy_mean": entropies.mean().item(),
-        "entropy_std": entropies.std(correction=0).item(),
-        "noise_floor": trace.noise_floor,
-    }
+    found = {"noise_floor": group.noise_floor}
+    entropies = np.concatenate([answer.channels["entropy"] for answer in group.answers])
+    if group.gate_stats is not None:
+        found["entropy_mean"], found["entropy_std"] = group.gate_stats
+    elif len(entropies):
+        found |= {"entropy_mean": float(entropies.mean()), "entropy_std": float(entropies.std())}
+    return found

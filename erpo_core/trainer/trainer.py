@@ -23,12 +23,14 @@ from erpo_core.trainer.credit import TokenCredit
 from erpo_core.trainer.guards import SaveAtBoundaries, SkipNonFinite
 from erpo_core.trainer.reference import Reference
 from erpo_core.trainer.rollouts import SampledAnswers
+from erpo_core.trainer.rows import stack_rows
 from erpo_core.trainer.sampling import make_sampler
 from erpo_core.trainer.saving import RotateCheckpoints, WholeCheckpoints
 from erpo_core.trainer.scoring import body_of
 from erpo_core.trainer.sharding import ShardedWeights
 from erpo_core.trainer.state import RunState
 from erpo_core.trainer.totals import Totals
+from erpo_core.trainer.traces import traced_answers
 from erpo_core.trainer.zero import ZeroParts
 
 _LAYOUTS = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.FSDP)
@@ -52,12 +54,13 @@ class ERPOTrainer(ShardedWeights, ZeroParts, WholeCheckpoints, SampledAnswers, T
         for name in ("tools", "rollout_func", "environment_factory", "eval_dataset"):
             if kwargs.get(name) is not None:
                 raise ValueError(f"{name}: not supported by ERPOTrainer; leave it out")
-        self.keeps_rollouts = False
+        self.keeps_rollouts = self.keeps_traces = False
         self.traces: list[TraceGroup] = []
         self.rollout_log: list[MicroBatch] = []
         self.run_state = RunState()
         self._seconds: defaultdict[str, float] = defaultdict(float)
         self._totals = Totals()
+        self._applied: list[tuple[Tensor, Tensor, Tensor]] = []
         self._entropy_sums = [0.0, 0.0, 0.0]
         self._noise_step = -1
         # TRL would load a reference by the model's name, or none at all where beta is 0; ERPO always needs its own.
@@ -74,7 +77,8 @@ class ERPOTrainer(ShardedWeights, ZeroParts, WholeCheckpoints, SampledAnswers, T
         self._reference = Reference(self._policy)
         self._engine_of = make_sampler(args, self._policy, self.processing_class, self.accelerator)
         self._scores_in_float32 = self._resolve_scoring_dtype() == "float32"
-        self.add_callback(SkipNonFinite(self))
+        self._guard = SkipNonFinite(self)
+        self.add_callback(self._guard)
         self.add_callback(SaveAtBoundaries())
         self.add_callback(RotateCheckpoints(self))
 
@@ -132,6 +136,11 @@ class ERPOTrainer(ShardedWeights, ZeroParts, WholeCheckpoints, SampledAnswers, T
             loss = super().training_step(model, inputs, num_items_in_batch)
         if self.accelerator.sync_gradients:
             ranks.sum_gradients(self.accelerator, self._policy)
+            self._guard.look()
+            if self._applied:
+                self._count_applied()
+            if self._traces_this_step():
+                self._keep_traces()
             count, total, squares = ranks.total_of(self.accelerator, self._entropy_sums)
             if count and total - total == 0:
                 self.run_state.update_entropy(total / count, squares / count, self.args.entropy_ema_decay)
@@ -145,12 +154,12 @@ class ERPOTrainer(ShardedWeights, ZeroParts, WholeCheckpoints, SampledAnswers, T
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """TRL's, with what the steps since the last call have counted on all ranks."""
+        self._guard.keep_sums_finite(logs)
         if self._totals:
             with self._timed("log"):
-                found = measures.step_metrics(ranks.gather_totals(self.accelerator, self._totals), self.noise_floor)
+                found = measures.step_metrics(ranks.gather_totals(self.accelerator, self._totals), self.noise)
             if not self._needs_reference:
                 found = {name: v for name, v in found.items() if name not in measures.OF_REFERENCE}
-            found["erpo/progress_noise"] = self.run_state.noise
             found["erpo/skipped_steps"] = self.run_state.skipped_steps
             found |= {f"time/{phase}": seconds for phase, seconds in self._seconds.items()}
             for name, value in found.items():
@@ -162,20 +171,50 @@ class ERPOTrainer(ShardedWeights, ZeroParts, WholeCheckpoints, SampledAnswers, T
     def _record(self, batch: MicroBatch, scored: Scored, terms: LossTerms, advantages: Tensor) -> None:
         measures.count_batch(self._totals, batch, scored, terms)
         measures.count_engine(self._totals, batch, scored)
-        whole = len(batch.rewards) % self.num_generations == 0
-        if whole and self.args.algorithm == "erpo":
+        if self.args.algorithm == "erpo":
             applied = advantages.masked_fill(terms.clipped_low | terms.clipped_high, 0.0)
-            live = measures.live_groups(scored.signals.advantages, self.num_generations)
-            measures.count_invariants(
-                self._totals, "_applied", applied, live, batch.rollouts.mask, self.num_generations
+            self._applied.append((applied, scored.signals.advantages, batch.rollouts.mask))
+
+    def _count_applied(self) -> None:
+        """Eq. 16 on what the optimizer got in this step, unless a group's answers lie in several steps.
+
+        All ranks must call it.
+        """
+        size, totals = self.num_generations, self._totals
+        applied, advantages, mask = (stack_rows(list(rows)) for rows in zip(*self._applied, strict=True))
+        self._applied = []
+        if len(mask) % size:
+            if self.args.steps_per_generation > self.args.gradient_accumulation_steps:
+                return
+            applied, advantages, mask = (
+                ranks.gather_rows(self.accelerator, rows) for rows in (applied, advantages, mask)
             )
-        room = self.args.trace_groups - batch.first_row // self.num_generations
-        if whole and room > 0 and self._traces_this_step():
-            self.traces.append(TraceGroup(batch, scored, self.noise_floor, self.state.global_step + 1, room))
+            totals = self._totals if self.accelerator.is_main_process else Totals()
+        measures.count_invariants(totals, "_applied", applied, measures.live_groups(advantages, size), mask, size)
+
+    def _keep_traces(self) -> None:
+        """The first groups of the generation at hand, from all its micro-batches and ranks. All ranks must call it."""
+        size, batches = self.num_generations, self._buffered_inputs
+        own = sum(len(batch.rewards) for batch in batches)
+        wanted = min(self.args.trace_groups * size, own * self.accelerator.num_processes)
+        first = self.accelerator.process_index * own
+        answers = [
+            answer
+            for batch in batches
+            for answer in traced_answers(batch, batch.old or batch.last_scored, wanted - first - batch.first_row)
+        ]
+        if wanted > own:
+            answers = ranks.gather_list(self.accelerator, answers)
+        if self.keeps_rollouts:
+            gate_stats = (batches[0].old or batches[0].last_scored).gate_stats
+            self.traces += [
+                TraceGroup(number, group, self.noise_floor, gate_stats, self.state.global_step + 1)
+                for number, group in enumerate(self._groups_of(answers))
+            ]
 
     def _traces_this_step(self) -> bool:
         step, every = self.state.global_step + 1, self.args.trace_every
-        return self.keeps_rollouts and bool(every) and (step in (1, self.state.max_steps) or step % every == 0)
+        return self.keeps_traces and bool(every) and (step in (1, self.state.max_steps) or step % every == 0)
 
     # --- the model
 

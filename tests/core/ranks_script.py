@@ -7,6 +7,7 @@ over ranks and micro-batches differs. In the others the policy samples.
 
 import json
 import sys
+from functools import wraps
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -61,7 +62,23 @@ def reward_of_every_other_prompt(completion_ids, prompts, **_):
     return [value if ord(prompt[0]) % 2 else 0.0 for prompt, value in rewards]
 
 
-REWARDS = {"all": reward, "half": half_judged, "every other prompt": reward_of_every_other_prompt}
+def with_verdicts(function):
+    """The function, and a verdict on each answer, as the reward ``accuracy`` has it."""
+
+    @wraps(function)
+    def judge(**columns):
+        values = function(**columns)
+        judge.last_verdicts = ["right" if value else "wrong" for value in values]
+        return values
+
+    return judge
+
+
+REWARDS = {
+    "all": with_verdicts(reward),
+    "half": with_verdicts(half_judged),
+    "every other prompt": with_verdicts(reward_of_every_other_prompt),
+}
 
 
 def policy(folder: str, tuning: str):
@@ -130,10 +147,19 @@ def update(model: str, out: Path, layout: str, tuning: str = "lora", max_grad_no
         save_strategy="no",
         progress_noise_floor=1e-6,
         shuffle_dataset=False,
+        trace_every=2,
+        trace_groups=PROMPTS,
         **settings,
     )
+    trainer.keeps_rollouts, trainer.keeps_traces = trainer.is_world_process_zero(), True
     trainer.train()
     report(trainer, out)
+    if trainer.keeps_rollouts:
+        traces = [
+            [trace.step, trace.number, [answer.channels["advantage"].tolist() for answer in trace.answers]]
+            for trace in trainer.traces
+        ]
+        (out / "traces.json").write_text(json.dumps(traces))
 
 
 def resume(model: str, out: Path, tuning: str = "lora", **settings) -> None:

@@ -1,6 +1,7 @@
 """The pre-flight: what it lets pass, what it fails and why, and that training is the same with and without."""
 
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,7 +9,8 @@ from test_plugins import register
 from test_trainer import Records, train
 
 from erpo_core.errors import RunError
-from erpo_core.trainer.preflight import Findings, why_nothing_is_learnt
+from erpo_core.trainer import preflight
+from erpo_core.trainer.preflight import Findings, run_preflight, why_nothing_is_learnt
 from tiny_model import make_tiny_model
 
 BOXED_ONLY = {"rewards": [{"name": "accuracy"}, {"name": "boxed_format", "weight": 0.2}]}
@@ -83,6 +85,43 @@ def test_a_resumed_run_is_not_checked_again(tiny, tmp_path):
         tiny, tmp_path / "rest", preflight=True, resume_from=tmp_path / "part" / "checkpoints" / "checkpoint-2"
     )
     assert "preflight.passed" not in events(rest)
+
+
+@pytest.mark.parametrize(
+    ("own", "others", "looks"),
+    [
+        pytest.param((0, 0, 0, 0), (0, 1, 1, 1), 2, id="the other rank saw a spread"),
+        pytest.param((0, 1, 1, 1), (0, 0, 0, 0), 2, id="this rank saw one"),
+        pytest.param((0, 0, 0, 0), (0, 0, 0, 0), 4, id="none did"),
+    ],
+)
+def test_ranks_look_and_decide_together(monkeypatch, own, others, looks):
+    """Each look samples on all ranks together: one that went on alone would wait for ever."""
+    seen = []
+
+    def look(trainer, rows, start, stop):
+        seen.append(start)
+        return Findings(prompts=4, answers=8, groups_with_spread=own[len(seen) - 1])
+
+    monkeypatch.setattr(preflight, "_look_at", look)
+    trainer = SimpleNamespace(
+        train_dataset=list(range(16)),
+        args=SimpleNamespace(seed=0, generation_batch_size=8),
+        num_generations=2,
+        reward_func_names=["accuracy"],
+        max_completion_length=8,
+        accelerator=SimpleNamespace(
+            num_processes=2, device="cpu", reduce=lambda values, how: values + others[len(seen) - 1]
+        ),
+    )
+    records = Records()
+    if looks == 4:
+        with pytest.raises(RunError):
+            run_preflight(trainer, records, records)
+    else:
+        run_preflight(trainer, records, records)
+    assert len(seen) == looks
+    assert ("preflight.passed" in events(records)) == (looks < 4)
 
 
 @pytest.mark.parametrize(

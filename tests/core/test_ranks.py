@@ -37,6 +37,8 @@ METRICS = (
     "erpo/max_abs_advantage",
     "erpo/credit_on_top20_entropy",
     "completions/right_wrong_length_ratio",
+    "verdict/right",
+    "erpo/advantage_var_residual_applied",
 )
 LORA = {"r": 8, "lora_alpha": 16}
 
@@ -210,6 +212,7 @@ def test_one_update_whatever_the_ranks_and_the_shards(launched, tiny, whole, str
         for name in METRICS:
             values = [math.nan if value is None else value for value in (one[name], two[name])]
             assert values[0] == pytest.approx(values[1], rel=1e-4, abs=1e-5, nan_ok=True), name
+    same_traces(launched("one") / whole, launched(strategy) / split)
     untrained = AutoModelForCausalLM.from_pretrained(tiny).state_dict()
     moved = [n for n, weight in weights.items() if n not in untrained or not torch.equal(weight, untrained[n])]
     assert moved
@@ -221,10 +224,21 @@ def same_weights(weights: dict[str, torch.Tensor], found: dict[str, torch.Tensor
         torch.testing.assert_close(weight, found[name], atol=1e-5, rtol=1e-5)
 
 
+def same_traces(one: Path, two: Path) -> None:
+    """The first step's, the second's and the last's: every group whole, wherever its answers lie."""
+    whole, parts = (json.loads((folder / "traces.json").read_text()) for folder in (one, two))
+    assert {step for step, *_ in whole} == {1, 2, 3}
+    for (*place, answers), (*again, found) in zip(whole, parts, strict=True):
+        assert place == again
+        for values, others in zip(answers, found, strict=True):
+            assert values == pytest.approx(others, rel=1e-3, abs=1e-4)
+
+
 def test_a_group_that_spans_the_ranks_has_the_advantages_of_the_whole_group(launched):
     weights, logs, _ = result(launched("one") / "one group")
     found, again, _ = result(launched("ddp") / "a group over the ranks")
     same_weights(weights, found)
+    same_traces(launched("one") / "one group", launched("ddp") / "a group over the ranks")
     assert [entry["reward"] for entry in logs] == [entry["reward"] for entry in again]
     assert logs[2]["erpo/progress_std"] == pytest.approx(again[2]["erpo/progress_std"], rel=1e-4)
 

@@ -1,6 +1,7 @@
 """Supervised fine-tuning on solutions: what is read, what is learnt, records, checkpoints, resume."""
 
 import json
+import math
 
 import pytest
 from test_trainer import Records
@@ -16,7 +17,7 @@ from erpo_core.specs import parse_spec
 from erpo_core.specs.common import PromptSpec
 from erpo_core.specs.train import BaseTrainSpec, SftTrainSpec
 from erpo_core.trainer.data import boxed_solution, make_solution_dataset
-from erpo_core.trainer.sft import PASSED_THROUGH, make_sft_config, run_sft
+from erpo_core.trainer.sft import PASSED_THROUGH, SolutionTrainer, make_sft_config, run_sft
 from tiny_model import make_tiny_model, make_tiny_tokenizer
 
 DERIVED = {"algorithm", "bf16", "dataset", "hardware", "job", "load_in_4bit", "lora", "model", "prompt"}
@@ -66,6 +67,21 @@ def train(tiny, data_root, work_dir, *, stop_after=None, resume_from=None, **cha
     records = Records(stop_after)
     run_sft(parse_spec("train", body | changes), inputs, records, records)
     return records
+
+
+def test_a_step_whose_gradient_is_not_finite_is_skipped(tiny, data_root, tmp_path, monkeypatch):
+    compute = SolutionTrainer.compute_loss
+
+    def broken(self, *args, **kwargs):
+        loss = compute(self, *args, **kwargs)
+        return loss * float("nan") if self.state.global_step == 1 else loss
+
+    monkeypatch.setattr(SolutionTrainer, "compute_loss", broken)
+    records = train(tiny, data_root, tmp_path, max_steps=3)
+    metrics = [record.values for record in records.by_kind["metrics"]]
+    assert [values["erpo/skipped_steps"] for values in metrics] == [0, 1, 1]
+    assert [math.isfinite(values["loss"]) for values in metrics] == [True, False, True]
+    assert [event.type for event in records.by_kind["event"]].count("step.skipped") == 1
 
 
 def test_each_field_of_the_spec_reaches_trls_trainer_under_its_name(tmp_path):

@@ -272,9 +272,11 @@ def test_progress_is_told_while_the_answers_of_a_step_grow(tiny, tmp_path, monke
         assert of_step[-1]["sampled_tokens"] == metrics.values["completions/sampled_tokens"]
 
 
-def test_numpy_rebuilds_every_signal_from_the_stored_traces(tiny, tmp_path):
-    """erpo-spec, eqs. 8-10, from the channels entropy and progress, A_i and the floor alone."""
-    records = train(tiny, tmp_path, max_steps=3, synthesis_weight=0.7, num_buckets=3)
+@pytest.mark.parametrize("entropy_stats", ["group", "ema"])
+def test_numpy_rebuilds_every_signal_from_the_stored_traces(tiny, tmp_path, entropy_stats):
+    """erpo-spec, eqs. 8-10, from the channels entropy and progress, A_i, the floor and the gate's statistics alone."""
+    settings = {"synthesis_weight": 0.7, "num_buckets": 3, "entropy_stats": entropy_stats, "entropy_ema_decay": 0.5}
+    records = train(tiny, tmp_path, max_steps=3, **settings)
     groups = defaultdict(list)
     for trace in records.by_kind["trace"]:
         groups[trace.step, trace.meta["group"]].append(trace)
@@ -285,9 +287,10 @@ def test_numpy_rebuilds_every_signal_from_the_stored_traces(tiny, tmp_path):
         stored = {name: np.concatenate([r[name] for r in rows]).astype(float) for name in rows[0]}
         known = traces[0].meta["group_stats"]
         h, s = stored["entropy"], stored["progress"]
-        assert (h.mean(), h.std()) == pytest.approx((known["entropy_mean"], known["entropy_std"]), rel=1e-5)
+        own = (h.mean(), h.std()) == pytest.approx((known["entropy_mean"], known["entropy_std"]), rel=1e-5)
+        assert own == (entropy_stats == "group" or traces[0].step == 1)
         gates = 1 / (1 + np.exp(-(h - known["entropy_mean"]) / (known["entropy_std"] + 1e-6)))
-        np.testing.assert_allclose(stored["gate"], gates, atol=1e-3)
+        np.testing.assert_allclose(stored["gate"], gates, atol=5e-4)
         buckets = np.concatenate([np.arange(len(r["entropy"])) * 3 // len(r["entropy"]) for r in rows])
         z = np.zeros_like(s)
         for bucket in range(3):

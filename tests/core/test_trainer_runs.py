@@ -5,13 +5,16 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
-from test_trainer import DATASET, rollouts, train
+from test_trainer import DATASET, Records, rollouts, train
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from erpo_core import ERPOConfig, ERPOTrainer
+from erpo_core.codec import decode_trace
 from erpo_core.errors import RunError
 from erpo_core.metric_names import describe
+from erpo_core.trainer import credit
+from erpo_core.trainer.callbacks import RecordCallback
 from erpo_core.trainer.scoring import score_rollouts
 from tiny_model import make_tiny_model
 
@@ -177,18 +180,72 @@ def test_a_gradient_that_is_not_finite_is_skipped_and_then_fails_the_run(tiny, t
     assert caught.value.code == "nonfinite_loss"
 
 
+def test_the_failure_names_the_gradients_that_are_not_finite_and_no_others(tiny, tmp_path):
+    """transformers' clipping spreads one NaN over all of them."""
+    trainer = make_trainer(tiny, tmp_path, max_skipped_steps=0)
+    name, parameter = next((n, p) for n, p in trainer.model.named_parameters() if "lora_B" in n)
+    values = torch.linspace(-2, 1, parameter.numel()).view(parameter.shape)
+    values.view(-1)[3:6] = torch.tensor([float("nan"), float("nan"), float("inf")])
+    parameter.register_hook(lambda gradient: values)
+    with pytest.raises(RunError) as caught:
+        trainer.train()
+    trained = sum(p.requires_grad for p in trainer.model.parameters())
+    assert f"1 of {trained} gradients, first {name} (-2 to 1, 2 NaN, 1 Inf); weights" in caught.value.message
+    assert len(caught.value.message) < 400
+
+
 def test_scores_that_are_not_finite_skip_the_step_as_well(tiny, tmp_path):
-    trainer = make_trainer(tiny, tmp_path, max_steps=1)
+    trainer = make_trainer(tiny, tmp_path, max_steps=3)
     score = trainer._scores
 
     def overflow(*given):
         scores = score(*given)
-        object.__setattr__(scores, "logps", scores.logps * float("nan"))
+        if trainer.state.global_step == 1:
+            object.__setattr__(scores, "logps", scores.logps * float("nan"))
         return scores
 
     trainer._scores = overflow
+    output = trainer.train()
+    assert trainer.run_state.skipped_steps == 1
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert [np.isfinite(loss) for loss in losses] == [True, False, True], "told as it is, and once"
+    assert output.training_loss == pytest.approx((losses[0] + losses[2]) / 3)
+
+
+@pytest.mark.parametrize("broken_step", [0, 2])
+def test_a_noise_measurement_that_is_not_finite_is_made_again_at_the_next_step(tiny, tmp_path, broken_step):
+    trainer = make_trainer(tiny, tmp_path, max_steps=4, noise_floor_every=2)
+    score, noises, measured = trainer._scores, [], []
+
+    def overflow(policy, rollouts, *given):
+        scores = score(policy, rollouts, *given)
+        if rollouts.num_generations < 4:
+            measured.append(trainer.state.global_step)
+        if trainer.state.global_step == broken_step:
+            object.__setattr__(scores, "logps", scores.logps * float("nan"))
+        return scores
+
+    trainer._scores = overflow
+    compute = trainer._compute_loss
+    trainer._compute_loss = lambda *given: (compute(*given), noises.append(trainer.run_state.noise))[0]
     trainer.train()
     assert trainer.run_state.skipped_steps == 1
+    assert sorted(set(measured)) == ([0, 1, 2] if broken_step == 0 else [0, 2, 3])
+    assert noises[broken_step] == (0.0 if broken_step == 0 else noises[1])
+    assert np.isfinite(noises).all()
+
+
+@pytest.mark.parametrize("floor", ["auto", 0.0, 1e-6])
+def test_the_signal_to_noise_ratio_is_over_the_noise_that_was_measured(tiny, tmp_path, monkeypatch, floor):
+    monkeypatch.setattr(credit, "measure_noise", lambda *_, **__: 1e-3)
+    trainer = make_trainer(tiny, tmp_path, progress_noise_floor=floor)
+    trainer.train()
+    last = [entry for entry in trainer.state.log_history if "entropy" in entry][-1]
+    assert last["erpo/progress_std"] > 0
+    if floor == "auto":
+        assert last["erpo/progress_snr"] == last["erpo/progress_std"] / 1e-3
+    else:
+        assert last["erpo/progress_snr"] is last["erpo/progress_noise"] is None, "nothing was measured"
 
 
 def test_an_answer_that_no_function_judged_moves_nothing(tiny, tmp_path):
@@ -238,6 +295,51 @@ def test_one_update_whatever_the_path(tiny, tmp_path, option):
     changed, same = weights_after(tiny, tmp_path, gradient_checkpointing=option == "gradient_checkpointing")
     assert same == answers
     torch.testing.assert_close(plain, changed, atol=1e-5, rtol=1e-5)
+
+
+def recorded(tiny, folder, **changes) -> Records:
+    """The records of a trainer whose micro-batches are chosen here; a job's are derived."""
+    records = Records()
+    trainer = make_trainer(tiny, folder, **(changes | {"trace_every": 1}))
+    callback = RecordCallback(records, records, {})
+    trainer.add_callback(callback)
+    callback.attach(trainer)
+    trainer.train()
+    return records
+
+
+@pytest.mark.parametrize(
+    ("size", "accumulation", "steps_per_generation"),
+    [pytest.param(2, 4, 4, id="of one update"), pytest.param(2, 1, 4, id="of several updates")],
+)
+def test_groups_in_parts_are_traced_and_checked_as_whole_ones(tiny, tmp_path, size, accumulation, steps_per_generation):
+    whole = recorded(tiny, tmp_path, trace_groups=2)
+    parts = recorded(
+        tiny,
+        tmp_path,
+        trace_groups=2,
+        per_device_train_batch_size=size,
+        gradient_accumulation_steps=accumulation,
+        steps_per_generation=steps_per_generation,
+    )
+    names = ("prompt_id", "group", "sample", "completion", "reward", "advantage", "verdict")
+    found = [[trace for trace in records.by_kind["trace"] if trace.step == 1] for records in (whole, parts)]
+    assert [trace.meta["group"] for trace in found[0]] == [0, 0, 0, 0, 1, 1, 1, 1]
+    for one, two in zip(*found, strict=True):
+        assert [one.meta[name] for name in names] == pytest.approx([two.meta[name] for name in names])
+        assert one.meta["group_stats"] == pytest.approx(two.meta["group_stats"], rel=1e-5)
+        channels = [decode_trace(trace.payload) for trace in (one, two)]
+        if accumulation == 1 and "leverage" not in channels[1]:
+            del channels[0]["leverage"]  # another update differentiates this answer
+        for name, values in channels[0].items():
+            np.testing.assert_allclose(values, channels[1][name], atol=2e-3, err_msg=name)
+    assert np.abs(channels[0]["advantage"]).max() > 0
+    if accumulation > 1:
+        for name in ("sum", "var"):
+            values = [records.by_kind["metrics"][0].values for records in (whole, parts)]
+            name = f"erpo/advantage_{name}_residual_applied"
+            assert values[1][name] == pytest.approx(values[0][name], abs=1e-5)
+            assert values[1][name] < 1e-3
 
 
 def no_contrast_in_the_first_group(completion_ids, **_):
