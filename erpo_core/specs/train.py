@@ -56,7 +56,9 @@ class BaseTrainSpec(Spec):
     gradient_checkpointing: bool = False
 
     save_steps: int = Field(50, ge=1)
-    save_total_limit: int = Field(3, ge=1, le=100)
+    save_total_limit: int = Field(
+        3, ge=1, le=100, description="Checkpoints that are kept: the last ones, and the best beside them."
+    )
     seed: int = Field(42, ge=0, le=2**31 - 1)
 
     eval_every: int = Field(
