@@ -18,6 +18,8 @@ from erpo_core.rewards.functions import check_rewards
 from erpo_core.specs import BranchSpec, EvaluateSpec
 from erpo_core.specs.common import CheckpointRef, CheckpointsRef, JobOptions
 from erpo_core.specs.entropy import AnswerSource
+from erpo_core.specs.train import BaseTrainSpec
+from service.adapter import with_adapter_of
 from service.auth import Principal
 from service.db import claims
 from service.db import datasets as dataset_rows
@@ -40,9 +42,11 @@ _ABILITY_NAMES = {
 class Admitted:
     """What admission found: the runs that must succeed first; the size of what is worked on, if it is known.
 
+    ``spec``: as it will run, with what it inherits from the run that it starts from.
     ``num_eval_problems``: of each benchmark that a training is evaluated on.
     """
 
+    spec: Any
     depends_on: list[str] = field(default_factory=list)
     num_problems: int | None = None
     num_eval_problems: list[int | None] = field(default_factory=list)
@@ -58,7 +62,7 @@ def admit(database: Database, settings: Settings, principal: Principal, spec: An
     _check_text(spec)
     if getattr(spec, "logprobs", None):
         bounded_entropies(spec.logprobs)
-    admitted = Admitted()
+    admitted = Admitted(spec)
     if getattr(spec, "answers_of", None):
         with database.read() as session:
             _check_answers(session, principal, spec, admitted)
@@ -156,6 +160,8 @@ def _check_model(session: Session, settings: Settings, principal: Principal, spe
             pointer="/model/run",
             mend="name a run of kind train; GET /runs?kind=train lists them",
         )
+    if isinstance(spec, BaseTrainSpec):
+        admitted.spec = with_adapter_of(spec, run)
     if not job_rows.get_job(session, run.job_id).is_terminal:
         admitted.depends_on.append(run.id)
         return

@@ -47,7 +47,9 @@ class BaseTrainSpec(Spec):
     max_steps: int = Field(-1, ge=-1, description="Optimizer steps; -1 follows `num_train_epochs`.")
     max_skipped_steps: int = Field(10, ge=0, description="Steps with a gradient that is not finite, at most.")
 
-    lora: LoraSpec | None = Field(LoraSpec(), description="null trains every weight.")
+    lora: LoraSpec | None = Field(
+        LoraSpec(), description="null trains every weight. From a run's adapter on it is that run's: leave it out."
+    )
     load_in_4bit: bool = Field(
         False,
         description="Hold the frozen base in 4 bits (nf4): wants `lora`, CUDA, and the extra `bitsandbytes`.",
