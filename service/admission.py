@@ -11,14 +11,14 @@ from sqlalchemy.orm import Session
 from erpo_core.analysis.given_logprobs import bounded_entropies
 from erpo_core.data.datasets import check_dataset
 from erpo_core.data.golds import check_dataset_golds
-from erpo_core.errors import NotFoundError, SpecError, UnknownReferenceError
+from erpo_core.errors import DatasetError, NotFoundError, SpecError, UnknownReferenceError
 from erpo_core.generation.vllm_server import check_server
 from erpo_core.models import check_model_ref
 from erpo_core.rewards.functions import check_rewards
 from erpo_core.specs import BranchSpec, EvaluateSpec
 from erpo_core.specs.common import CheckpointRef, CheckpointsRef, JobOptions
 from erpo_core.specs.entropy import AnswerSource
-from erpo_core.specs.train import BaseTrainSpec
+from erpo_core.specs.train import BaseTrainSpec, GrpoTrainSpec
 from service.adapter import with_adapter_of
 from service.auth import Principal
 from service.db import claims
@@ -81,6 +81,8 @@ def admit(database: Database, settings: Settings, principal: Principal, spec: An
         admitted.num_problems = check_dataset(spec.dataset, settings.data_root, with_solutions=imitates)
         if not imitates:
             check_dataset_golds(spec.dataset, settings.data_root)
+    if isinstance(spec, GrpoTrainSpec):
+        _check_enough(spec, admitted.num_problems)
     for ref, pointer in _eval_benchmarks(spec):
         admitted.num_eval_problems.append(check_dataset(ref, settings.data_root, pointer=pointer))
         check_dataset_golds(ref, settings.data_root, pointer=pointer)
@@ -89,6 +91,16 @@ def admit(database: Database, settings: Settings, principal: Principal, spec: An
     check_server(getattr(spec, "vllm_server_base_url", None), settings.vllm_servers)
     _check_workers(database, settings, spec)
     return admitted
+
+
+def _check_enough(spec: GrpoTrainSpec, num_problems: int | None) -> None:
+    """The worker refuses a data set that does not make one step."""
+    if num_problems is not None and num_problems < spec.prompts_per_step:
+        raise DatasetError(
+            f"a step needs {spec.prompts_per_step} problems and the data set has {num_problems}",
+            pointer="/generation_batch_size",
+            mend=f"lower it to {num_problems * spec.num_generations}, or name a data set with more problems",
+        )
 
 
 def _check_workers(database: Database, settings: Settings, spec: Any) -> None:
