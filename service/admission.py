@@ -106,12 +106,21 @@ def _check_enough(spec: GrpoTrainSpec, num_problems: int | None) -> None:
 def _check_workers(database: Database, settings: Settings, spec: Any) -> None:
     """Where workers live, one of them must have all that the order asks for. Where none lives, it waits for one."""
     wanted = _abilities(spec)
-    if not wanted:
+    num_gpus = spec.hardware.num_gpus if isinstance(spec, BaseTrainSpec) else 0
+    if not wanted and num_gpus < 2:
         return
     with database.read() as session:
         known = [worker.abilities for worker in claims.list_workers(session) if is_alive(worker, settings)]
-    if not known or any(have is None or set(wanted) <= set(have) for have in known):
+    able = [have for have in known if have is None or set(wanted) <= set(have)]
+    if not known or any(_may_have_devices(have, num_gpus) for have in able):
         return
+    if able:
+        raise SpecError(
+            f"no running worker has {num_gpus} CUDA devices",
+            pointer="/hardware/num_gpus",
+            mend="write fewer, or start a worker that has as many; GET /workers lists them",
+            code="no_worker_able",
+        )
     missing = next((name for name in wanted if all(name not in have for have in known)), next(iter(wanted)))
     raise SpecError(
         f"no running worker has {_ABILITY_NAMES[missing]}",
@@ -119,6 +128,12 @@ def _check_workers(database: Database, settings: Settings, spec: Any) -> None:
         mend="leave it out, or start a worker that has it; GET /workers lists them",
         code="no_worker_able",
     )
+
+
+def _may_have_devices(abilities: list[str] | None, count: int) -> bool:
+    """Of a worker that says how many it has (``cuda:N``); any other may: on CPUs there are as many processes."""
+    counts = [int(name.removeprefix("cuda:")) for name in abilities or () if name.startswith("cuda:")]
+    return not counts or max(counts) >= count
 
 
 def _abilities(spec: Any) -> dict[str, str]:
