@@ -60,6 +60,13 @@ def test_completions_are_kept_with_everything_and_paged_in_the_order_of_arrival(
     assert [event.data["count"] for event in history(database, job.id, "completion.batch")] == [15, 15, 15]
 
 
+def test_answers_of_a_step_may_come_in_several_records(database):
+    job = submit(database)
+    store(database, claim(database), *(Completions(1, [row("a", sample)]) for sample in range(3)))
+    with database.read() as session:
+        assert [found.sample for found in runs.list_completions(session, job.run_id, step=1).rows] == [0, 1, 2]
+
+
 def test_completions_are_found_by_step_and_verdict(database):
     job = submit(database)
     owned = claim(database)

@@ -6,7 +6,7 @@ import threading
 import time
 
 from erpo_core.errors import FencedError
-from erpo_core.records import Ended, Metrics, Trace
+from erpo_core.records import MAX_HEADER_BYTES, Completions, Ended, Metrics, Trace, encode_frame, to_wire
 from workers.child.channel import Channel
 from workers.processes import boottime
 from workers.recorder import BUFFER_RECORDS, Recorder
@@ -32,6 +32,22 @@ def test_records_arrive_in_order_and_closing_waits_for_the_last():
         assert written[0].values == {"reward": None}
         assert written[700].payload == b"\x00\x01"
         assert recorder.ended == Ended("succeeded")
+
+
+def test_more_answers_than_a_frame_holds_arrive_as_several_records_of_their_step():
+    rows = [{"prompt_id": "p", "sample": sample, "completion": "é" * 2**20} for sample in range(11)]
+    assert len(encode_frame(to_wire(Completions(3, rows))[0])) > 2 * MAX_HEADER_BYTES
+    written = []
+    with Recorder(written.extend) as recorder:
+        channel = Channel(str(recorder.path), on_lost=lambda reason: None)
+        sent = (Completions(3, rows, "run_1"), Ended("succeeded"))
+        threading.Thread(target=lambda: [channel.emit(record) for record in sent], daemon=True).start()
+        assert wait_for(lambda: recorder.ended or recorder.refused, 20)
+        assert recorder.refused is None
+        channel.close()
+    *parts, _ = written
+    assert {(part.step, part.run_id) for part in parts} == {(3, "run_1")}
+    assert [row for part in parts for row in part.rows] == rows
 
 
 def test_the_socket_is_private():
