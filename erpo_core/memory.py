@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from erpo_core.models import KNOWN_MODELS
+from erpo_core.specs.common import LoraSpec
 from erpo_core.specs.train import BaseTrainSpec, GrpoTrainSpec
 
 SMALL_MODEL = 500_000_000
@@ -43,6 +44,9 @@ class ModelSize:
     shape: ModelShape | None = None
 
 
+_KNOWN_SHAPES = {"smollm2-135m": ModelShape(hidden_size=576, intermediate_size=1536, num_layers=30, kv_size=192)}
+
+
 def model_size(ref: Any, model_roots: Iterable[Path] = ()) -> ModelSize | None:
     """The size of a model by its reference: registered, a folder, or a hub id that says it (``Qwen/Qwen2.5-7B``).
 
@@ -51,7 +55,7 @@ def model_size(ref: Any, model_roots: Iterable[Path] = ()) -> ModelSize | None:
     if not isinstance(ref, str):
         return None
     if ref in KNOWN_MODELS:
-        return ModelSize(KNOWN_MODELS[ref]["num_parameters"])
+        return ModelSize(KNOWN_MODELS[ref]["num_parameters"], _KNOWN_SHAPES.get(ref))
     if ref.startswith(("/", ".", "~")):
         folder = Path(ref).expanduser().resolve()
         allowed = any(folder.is_relative_to(Path(root).resolve()) for root in model_roots)
@@ -75,8 +79,9 @@ def training_memory(spec: BaseTrainSpec, size: ModelSize) -> dict[str, int | Non
 
     Returns:
         ``num_parameters``; ``weights_bytes``, a frozen reference included: the policy's are whole to sample from,
-        however they are sharded; ``optimizer_bytes``, gradients and Adam's moments; ``kv_cache_bytes`` and
-        ``activation_bytes``, None where the model's shape is not known; ``memory_bytes``, the sum of the known ones.
+        however they are sharded, and adapters where the model's shape is known; ``optimizer_bytes``, gradients and
+        Adam's moments; ``kv_cache_bytes``; ``activation_bytes``; ``memory_bytes``, their sum. What depends on a shape
+        that is not known is None, and so is the sum.
     """
     in_bf16 = _computes_in_bf16(spec, size)
     width = 2 if in_bf16 and spec.lora is not None else 4
@@ -87,14 +92,17 @@ def training_memory(spec: BaseTrainSpec, size: ModelSize) -> dict[str, int | Non
     samples = isinstance(spec, GrpoTrainSpec)
     copies = (1 if samples else 1 / shards) + (1 / shards if samples and spec.lora is None else 0)
     shape = size.shape
-    trained = size.num_parameters if spec.lora is None else _adapter_parameters(spec, shape)
+    adapters = None if shape is None or spec.lora is None else _adapter_parameters(spec.lora, shape)
+    trained = size.num_parameters if spec.lora is None else adapters
+    owners = devices if spec.hardware.is_sharded else 1
     parts = {
-        "weights_bytes": round(size.num_parameters * width * copies) + (0 if spec.lora is None else 4 * trained),
-        "optimizer_bytes": trained * _optimizer_bytes(spec) // (devices if spec.hardware.is_sharded else 1),
+        "weights_bytes": round(size.num_parameters * width * copies) + 4 * (adapters or 0),
+        "optimizer_bytes": None if trained is None else trained * _optimizer_bytes(spec) // owners,
         "kv_cache_bytes": None if shape is None else _cache_bytes(spec, shape, in_bf16) // devices,
         "activation_bytes": None if shape is None else _activation_bytes(spec, shape, in_bf16),
     }
-    return {"num_parameters": size.num_parameters, **parts, "memory_bytes": sum(filter(None, parts.values()))}
+    total = None if None in parts.values() else sum(parts.values())
+    return {"num_parameters": size.num_parameters, **parts, "memory_bytes": total}
 
 
 def rows_of_micro_batch(spec: GrpoTrainSpec) -> int:
@@ -118,13 +126,11 @@ def _computes_in_bf16(spec: BaseTrainSpec, size: ModelSize) -> bool:
     return spec.bf16 is not False and scoring == "bfloat16"
 
 
-def _adapter_parameters(spec: BaseTrainSpec, shape: ModelShape | None) -> int:
-    """Of adapters on all linear layers: r (inputs + outputs) each. 0 where the shape is not known."""
-    if shape is None:
-        return 0
+def _adapter_parameters(lora: LoraSpec, shape: ModelShape) -> int:
+    """Of adapters on all linear layers: r (inputs + outputs) each."""
     hidden, middle, kv = shape.hidden_size, shape.intermediate_size, shape.kv_size
     ends = 2 * (hidden + hidden) + 2 * (hidden + kv) + 3 * (hidden + middle)
-    return spec.lora.r * ends * shape.num_layers
+    return lora.r * ends * shape.num_layers
 
 
 def _cache_bytes(spec: BaseTrainSpec, shape: ModelShape, in_bf16: bool) -> int:

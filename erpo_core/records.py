@@ -6,12 +6,15 @@ sends records numbered from 1; the recorder answers ``{"ack": n}`` once record n
 
 import json
 import struct
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, ClassVar, Protocol
 
 _LENGTHS = struct.Struct(">II")
 MAX_HEADER_BYTES = 32 * 2**20
 MAX_PAYLOAD_BYTES = 256 * 2**20
+_NUMBER_BYTES = 64
+"""Room for a record's number in its header."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,7 @@ class Completions:
     Each row: ``prompt_id`` str, ``group`` int, ``sample`` int, ``prompt`` str, ``completion`` str, ``gold`` str | None,
     ``rewards`` {name: float | None}, ``reward`` float | None, ``advantage`` float | None, ``verdict`` str | None,
     ``boxed`` bool, ``truncated`` bool, ``num_tokens`` int; in an evaluation ``level`` and ``subject`` of the problem,
-    str | None. (step, prompt_id, sample) names a row once and for all.
+    str | None. (step, prompt_id, sample) names a row once and for all. A step may have several of these records.
     """
 
     kind: ClassVar[str] = "completions"
@@ -161,6 +164,18 @@ def to_wire(record: Record) -> tuple[dict[str, Any], bytes]:
     body = asdict(record)
     payload = body.pop("payload", b"")
     return {"kind": record.kind, **_finite(body)}, payload
+
+
+def to_frames(record: Record) -> Iterator[tuple[dict[str, Any], bytes]]:
+    """A record as headers and payloads: one, but of answers that are too many for one header several records."""
+    header, payload = to_wire(record)
+    is_divisible = isinstance(record, Completions) and len(record.rows) > 1
+    if not is_divisible or len(json.dumps(header)) <= MAX_HEADER_BYTES - _NUMBER_BYTES:
+        yield header, payload
+        return
+    half = len(record.rows) // 2
+    yield from to_frames(replace(record, rows=record.rows[:half]))
+    yield from to_frames(replace(record, rows=record.rows[half:]))
 
 
 def from_wire(header: dict[str, Any], payload: bytes) -> Record:

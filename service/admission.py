@@ -11,13 +11,15 @@ from sqlalchemy.orm import Session
 from erpo_core.analysis.given_logprobs import bounded_entropies
 from erpo_core.data.datasets import check_dataset
 from erpo_core.data.golds import check_dataset_golds
-from erpo_core.errors import NotFoundError, SpecError, UnknownReferenceError
+from erpo_core.errors import DatasetError, NotFoundError, SpecError, UnknownReferenceError
 from erpo_core.generation.vllm_server import check_server
 from erpo_core.models import check_model_ref
 from erpo_core.rewards.functions import check_rewards
 from erpo_core.specs import BranchSpec, EvaluateSpec
 from erpo_core.specs.common import CheckpointRef, CheckpointsRef, JobOptions
 from erpo_core.specs.entropy import AnswerSource
+from erpo_core.specs.train import BaseTrainSpec, GrpoTrainSpec
+from service.adapter import with_adapter_of
 from service.auth import Principal
 from service.db import claims
 from service.db import datasets as dataset_rows
@@ -40,9 +42,11 @@ _ABILITY_NAMES = {
 class Admitted:
     """What admission found: the runs that must succeed first; the size of what is worked on, if it is known.
 
+    ``spec``: as it will run, with what it inherits from the run that it starts from.
     ``num_eval_problems``: of each benchmark that a training is evaluated on.
     """
 
+    spec: Any
     depends_on: list[str] = field(default_factory=list)
     num_problems: int | None = None
     num_eval_problems: list[int | None] = field(default_factory=list)
@@ -58,7 +62,7 @@ def admit(database: Database, settings: Settings, principal: Principal, spec: An
     _check_text(spec)
     if getattr(spec, "logprobs", None):
         bounded_entropies(spec.logprobs)
-    admitted = Admitted()
+    admitted = Admitted(spec)
     if getattr(spec, "answers_of", None):
         with database.read() as session:
             _check_answers(session, principal, spec, admitted)
@@ -77,6 +81,8 @@ def admit(database: Database, settings: Settings, principal: Principal, spec: An
         admitted.num_problems = check_dataset(spec.dataset, settings.data_root, with_solutions=imitates)
         if not imitates:
             check_dataset_golds(spec.dataset, settings.data_root)
+    if isinstance(spec, GrpoTrainSpec):
+        _check_enough(spec, admitted.num_problems)
     for ref, pointer in _eval_benchmarks(spec):
         admitted.num_eval_problems.append(check_dataset(ref, settings.data_root, pointer=pointer))
         check_dataset_golds(ref, settings.data_root, pointer=pointer)
@@ -87,15 +93,34 @@ def admit(database: Database, settings: Settings, principal: Principal, spec: An
     return admitted
 
 
+def _check_enough(spec: GrpoTrainSpec, num_problems: int | None) -> None:
+    """The worker refuses a data set that does not make one step."""
+    if num_problems is not None and num_problems < spec.prompts_per_step:
+        raise DatasetError(
+            f"a step needs {spec.prompts_per_step} problems and the data set has {num_problems}",
+            pointer="/generation_batch_size",
+            mend=f"lower it to {num_problems * spec.num_generations}, or name a data set with more problems",
+        )
+
+
 def _check_workers(database: Database, settings: Settings, spec: Any) -> None:
     """Where workers live, one of them must have all that the order asks for. Where none lives, it waits for one."""
     wanted = _abilities(spec)
-    if not wanted:
+    num_gpus = spec.hardware.num_gpus if isinstance(spec, BaseTrainSpec) else 0
+    if not wanted and num_gpus < 2:
         return
     with database.read() as session:
         known = [worker.abilities for worker in claims.list_workers(session) if is_alive(worker, settings)]
-    if not known or any(have is None or set(wanted) <= set(have) for have in known):
+    able = [have for have in known if have is None or set(wanted) <= set(have)]
+    if not known or any(_may_have_devices(have, num_gpus) for have in able):
         return
+    if able:
+        raise SpecError(
+            f"no running worker has {num_gpus} CUDA devices",
+            pointer="/hardware/num_gpus",
+            mend="write fewer, or start a worker that has as many; GET /workers lists them",
+            code="no_worker_able",
+        )
     missing = next((name for name in wanted if all(name not in have for have in known)), next(iter(wanted)))
     raise SpecError(
         f"no running worker has {_ABILITY_NAMES[missing]}",
@@ -103,6 +128,12 @@ def _check_workers(database: Database, settings: Settings, spec: Any) -> None:
         mend="leave it out, or start a worker that has it; GET /workers lists them",
         code="no_worker_able",
     )
+
+
+def _may_have_devices(abilities: list[str] | None, count: int) -> bool:
+    """Of a worker that says how many it has (``cuda:N``); any other may: on CPUs there are as many processes."""
+    counts = [int(name.removeprefix("cuda:")) for name in abilities or () if name.startswith("cuda:")]
+    return not counts or max(counts) >= count
 
 
 def _abilities(spec: Any) -> dict[str, str]:
@@ -156,6 +187,8 @@ def _check_model(session: Session, settings: Settings, principal: Principal, spe
             pointer="/model/run",
             mend="name a run of kind train; GET /runs?kind=train lists them",
         )
+    if isinstance(spec, BaseTrainSpec):
+        admitted.spec = with_adapter_of(spec, run)
     if not job_rows.get_job(session, run.job_id).is_terminal:
         admitted.depends_on.append(run.id)
         return

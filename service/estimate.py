@@ -42,22 +42,27 @@ def estimate(
 def _train(spec: GrpoTrainSpec, num_problems: int | None) -> dict[str, int | float | None]:
     steps: int | None = spec.max_steps if spec.max_steps > 0 else None
     if steps is None and num_problems is not None:
-        prompts_per_step = spec.generation_batch_size // spec.num_generations
-        steps = ceil(num_problems // prompts_per_step * spec.num_train_epochs * spec.num_iterations)
+        steps = ceil(num_problems // spec.prompts_per_step * spec.num_train_epochs * spec.num_iterations)
     rounds = 1 + (spec.max_resample_rounds if spec.dynamic_sampling else 0)
     completions = None if steps is None else ceil(steps / spec.num_iterations) * spec.generation_batch_size * rounds
     longest = spec.max_completion_length or spec.max_length - 1
-    traced = 0
-    if spec.trace_every and steps is not None:
-        traced = ceil(steps / spec.trace_every) * spec.trace_groups * spec.num_generations
+    traced_steps = _traced_steps(steps, spec.trace_every)
+    traced = None if traced_steps is None else traced_steps * spec.trace_groups * spec.num_generations
     return {
         "num_problems": num_problems,
         "steps": steps,
         "completions": completions,
         "completion_tokens": None if completions is None else completions * longest,
         "traced_sequences": traced,
-        "trace_bytes": traced * longest * _TRAIN_TRACE_BYTES,
+        "trace_bytes": None if traced is None else traced * longest * _TRAIN_TRACE_BYTES,
     }
+
+
+def _traced_steps(steps: int | None, every: int) -> int | None:
+    """The first step, the last, and every ``every``-th between them; None where their number is not known."""
+    if not every or steps is None:
+        return None if every else 0
+    return steps // every + (every > 1) + (steps > 1 and steps % every > 0)
 
 
 def _imitate(spec: SftTrainSpec, num_problems: int | None) -> dict[str, int | float | None]:

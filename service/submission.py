@@ -43,7 +43,7 @@ class _Desk:
         def create(session: Session) -> Answer:
             self._check_room(session)
             options = spec.job.model_dump(mode="json") | {"depends_on": admitted[0].depends_on}
-            first, *more = [one.model_dump(mode="json", exclude={"job"}) for one in spec.each()]
+            first, *more = [one.model_dump(mode="json", exclude={"job"}) for one in admitted[0].spec.each()]
             owner = self.principal.owner
             job = job_rows.create_job(session, kind=kind, spec=first, options=options, owner=owner, more=more)
             session.flush()
@@ -56,6 +56,7 @@ class _Desk:
     def estimate(self, kind: JobKind, spec: Any) -> Answer:
         """Validate and estimate; nothing is queued."""
         admitted = self._admit(spec)
+        spec = admitted.spec
         body = {
             "valid": True,
             "kind": kind,
@@ -73,7 +74,7 @@ class _Desk:
 
     def _admit(self, spec: Any) -> Admitted:
         admitted = admit(self.database, self.settings, self.principal, spec)
-        wanted = estimate(spec, admitted.num_problems, num_tokens=admitted.num_tokens)["trace_bytes"]
+        wanted = estimate(admitted.spec, admitted.num_problems, num_tokens=admitted.num_tokens)["trace_bytes"]
         quota = self.settings.max_trace_bytes_per_job
         if wanted is not None and wanted > quota:
             raise SpecError(

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 _PACKAGES = ("bitsandbytes", "deepspeed", "vllm")
@@ -10,7 +11,28 @@ _DEVICES = ("/dev/nvidiactl", "/dev/nvidia0", "/proc/driver/nvidia/version", "/d
 
 
 def abilities() -> list[str]:
-    """``cuda`` where a driver has a device to show, and each optional package that is installed."""
-    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
-    has_device = not hidden and any(Path(path).exists() for path in _DEVICES)
-    return ["cuda"] * has_device + [name for name in _PACKAGES if importlib.util.find_spec(name)]
+    """``cuda`` where a driver has a device to show, ``cuda:N`` where it is known that there are N, and each optional
+    package that is installed."""
+    return _devices() + [name for name in _PACKAGES if importlib.util.find_spec(name)]
+
+
+def _devices() -> list[str]:
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible in ("", "-1") or _is_torch_for_cpus() or not any(Path(path).exists() for path in _DEVICES):
+        return []
+    count = _count_devices()
+    if visible is not None:
+        count = min(count, len(visible.split(",")))
+    return ["cuda", f"cuda:{count}"] if count else ["cuda"]
+
+
+def _count_devices() -> int:
+    """NVIDIA's; 0 where the driver has no file for each, as on WSL."""
+    return sum(path.name.removeprefix("nvidia").isdigit() for path in Path("/dev").glob("nvidia*"))
+
+
+def _is_torch_for_cpus() -> bool:
+    try:
+        return version("torch").endswith("+cpu")
+    except PackageNotFoundError:
+        return False

@@ -25,7 +25,9 @@ class CheckpointRef(Spec):
     """A checkpoint of a run of this service."""
 
     run: str = Field(pattern=r"^run_[0-9a-f]{32}$", description="Id of a training run.")
-    checkpoint: Checkpoint = Field("last", description="`last`, `best` (highest reward), or a step.")
+    checkpoint: Checkpoint = Field(
+        "last", description="`last`, `best` (highest reward, the earliest of equals), or a step that the run has kept."
+    )
 
 
 class CheckpointsRef(Spec):

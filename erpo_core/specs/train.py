@@ -44,10 +44,12 @@ class BaseTrainSpec(Spec):
     weight_decay: float = Field(0.001, ge=0, le=1)
     max_grad_norm: float = Field(1.0, gt=0)
     num_train_epochs: float = Field(1.0, gt=0, le=1000)
-    max_steps: int = Field(-1, ge=-1, description="Optimizer steps; -1 follows `num_train_epochs`.")
+    max_steps: int = Field(-1, ge=-1, description="Optimizer steps, not 0; -1 follows `num_train_epochs`.")
     max_skipped_steps: int = Field(10, ge=0, description="Steps with a gradient that is not finite, at most.")
 
-    lora: LoraSpec | None = Field(LoraSpec(), description="null trains every weight.")
+    lora: LoraSpec | None = Field(
+        LoraSpec(), description="null trains every weight. From a run's adapter on it is that run's: leave it out."
+    )
     load_in_4bit: bool = Field(
         False,
         description="Hold the frozen base in 4 bits (nf4): wants `lora`, CUDA, and the extra `bitsandbytes`.",
@@ -56,7 +58,9 @@ class BaseTrainSpec(Spec):
     gradient_checkpointing: bool = False
 
     save_steps: int = Field(50, ge=1)
-    save_total_limit: int = Field(3, ge=1, le=100)
+    save_total_limit: int = Field(
+        3, ge=1, le=100, description="Checkpoints that are kept: the last ones, and the best beside them."
+    )
     seed: int = Field(42, ge=0, le=2**31 - 1)
 
     eval_every: int = Field(
@@ -72,6 +76,8 @@ class BaseTrainSpec(Spec):
 
     @model_validator(mode="after")
     def _check_base(self) -> Self:
+        if self.max_steps == 0:
+            raise ValueError("max_steps: 0 steps train nothing; write -1 to follow num_train_epochs, or 1 and more")
         if self.load_in_4bit and self.lora is None:
             raise ValueError("load_in_4bit: only frozen weights are held in 4 bits; keep `lora`, or write false")
         if self.load_in_4bit and self.hardware.is_sharded:
@@ -238,6 +244,11 @@ class GrpoTrainSpec(BaseTrainSpec):
                 "temperature: a vLLM server gives log-probabilities at temperature 1 alone; for "
                 "vllm_importance_sampling_correction write 1"
             )
+
+    @property
+    def prompts_per_step(self) -> int:
+        """Problems whose answers make one generation batch."""
+        return self.generation_batch_size // self.num_generations
 
     @property
     def prompt_room(self) -> int:

@@ -234,7 +234,7 @@ def unclaimed_jobs(s: Session, older_than: float) -> list[str]:
 def register_worker(
     s: Session, worker_id: str, *, host: str, pid: int, queues: list[str], abilities: list[str] | None = None
 ) -> None:
-    """A worker starts. ``abilities``: what its jobs may use (``cuda``, ``vllm``, ...); None where that is not known."""
+    """A worker starts. ``abilities``: what its jobs may use (``cuda``, ``cuda:8``, ``vllm``); None: not known."""
     facts = {"host": host, "pid": pid, "queues": queues, "abilities": abilities}
     s.merge(Worker(id=worker_id, is_draining=False, started_at=now(), **facts))
     s.flush()

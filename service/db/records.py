@@ -177,6 +177,10 @@ def _checkpoint(s: Session, job: Job, run: Run, record: wire.Checkpoint) -> None
 
 
 def _event(s: Session, job: Job, run: Run, record: wire.Event) -> None:
+    if record.type == "checkpoint.removed":
+        # Each attempt writes into a folder of its own: what an earlier one left at this step was not removed.
+        own = (Checkpoint.run_id == run.id, Checkpoint.attempt == job.attempt)
+        s.execute(delete(Checkpoint).where(*own, Checkpoint.step == record.data["step"]))
     append_event(s, job, record.type, record.message, level=record.level, data=record.data)
 
 

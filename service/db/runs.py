@@ -118,18 +118,17 @@ def size_of_answers(s: Session, run_id: str, *, step: int | None, limit: int) ->
 
 
 def find_checkpoint(s: Session, run_id: str, wanted: str | int) -> Checkpoint | None:
-    """The checkpoint ``last``, ``best`` (highest reward, the later of equals) or that of a step, if there is one."""
+    """The checkpoint ``last``, ``best`` or that of a step, if there is one.
+
+    ``best``: of highest reward, the earliest of equals, as rotation on disk has it; the last where none has a reward.
+    """
     found = list_checkpoints(s, run_id)
     if isinstance(wanted, int):
         found = [row for row in found if row.step == wanted]
     elif wanted == "best":
-        found.sort(key=_reward)
+        rewarded = [row for row in found if row.data.get("reward") is not None]
+        found = [max(rewarded, key=lambda row: row.data["reward"])] if rewarded else found
     return found[-1] if found else None
-
-
-def _reward(checkpoint: Checkpoint) -> float:
-    reward = (checkpoint.data or {}).get("reward")
-    return float("-inf") if reward is None else reward
 
 
 def list_checkpoints(s: Session, run_id: str) -> list[Checkpoint]:

@@ -55,7 +55,9 @@ class Worker(BaseModel):
     id: str
     host: str | None = None
     queues: list[str] = []
-    abilities: list[str] | None = None
+    abilities: list[str] | None = Field(
+        None, description="What its jobs may use: `cuda`, `cuda:8` (so many devices), `vllm`, ...; null: not known."
+    )
     last_seen_at: datetime | None = None
     current_job_id: str | None = None
     is_alive: bool

@@ -151,7 +151,7 @@ def test_the_same_idempotency_key_of_two_callers_is_two_orders(api, key):
 def test_an_order_cannot_name_what_somebody_else_owns(api, key):
     ann, bob = key("submit", "ann"), key("submit", "bob")
     run = api.post("/jobs/train", json=TRAIN, headers=ann).json()["run_id"]
-    upload = {"file": ("a.jsonl", b'{"problem": "1 + 1?", "answer": "2"}')}
+    upload = {"file": ("a.jsonl", b'{"problem": "1 + 1?", "answer": "2"}\n' * 2)}
     data = api.post("/datasets", files=upload, headers=ann).json()["id"]
     for change, pointer in (
         ({"model": {"run": run}}, "/model/run"),

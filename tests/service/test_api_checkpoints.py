@@ -6,7 +6,7 @@ from test_api_evaluations import answer, refused
 
 from erpo_core.evaluation_identity import evaluation_identity
 from erpo_core.evaluation_summary import summarise
-from erpo_core.records import Checkpoint, Completions, Progress, Resolved, Result
+from erpo_core.records import Checkpoint, Completions, Event, Progress, Resolved, Result
 from erpo_core.specs.evaluate import EvaluateSpec
 from service.db import jobs
 
@@ -124,6 +124,21 @@ def test_a_dry_run_counts_the_answers_of_all(api, trained):
     ).json()
     assert body["estimate"]["completions"] == 2 * 3 * 2
     assert api.get("/jobs", params={"kind": "evaluate"}).json()["data"] == []
+
+
+def test_a_checkpoint_that_made_room_for_later_ones_is_refused_and_no_longer_listed(api, database):
+    submit(database)
+    owned = claim(database)
+    rows = [Checkpoint(step, f"/x/{step}", [], {"reward": reward}) for step, reward in REWARDS.items()]
+    store(database, owned, *rows, Event("checkpoint.removed", "it makes room", data={"step": 10}))
+    finish(database, owned, "succeeded")
+    listed = api.get(f"/runs/{owned.run_id}/checkpoints").json()["data"]
+    assert [row["step"] for row in listed] == [20, 30]
+    response = order(api, owned.run_id, 10, "best", "last")
+    (error,) = response.json()["errors"]
+    assert (response.status_code, error["pointer"]) == (422, "/model/checkpoints/0")
+    assert error["mend"] == "write one of [20, 30], `last` or `best`"
+    assert order(api, owned.run_id, "best", "last").status_code == 202
 
 
 def test_wrong_checkpoints_are_refused_before_anything_is_queued(api, trained):

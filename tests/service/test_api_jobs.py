@@ -266,7 +266,7 @@ def test_the_same_upload_with_the_same_key_is_stored_once(api):
     other = {"file": ("sums.jsonl", b'{"problem": "1 + 2?", "answer": "3"}\n')}
     refused(api.post("/datasets", files=other, headers=key), 422, "idempotency_key_reused")
     assert listed(api, "/datasets") == [first.json()["id"]]
-    order = TRAIN | {"dataset": first.json()["id"]}
+    order = TRAIN | {"dataset": first.json()["id"], "generation_batch_size": 8}
     assert api.post("/jobs/train", json=order, params={"dry_run": True}).json()["estimate"]["num_problems"] == 1
 
 

@@ -1,9 +1,12 @@
 """What children report: completions, checkpoints, results, logs and events; repeated batches change nothing."""
 
+import pytest
 from db_rows import call, claim, history, job_of, run_of, store, submit
 
+from erpo_core.errors import FencedError
 from erpo_core.records import Checkpoint, Completions, Ended, Event, Metrics, Progress, Resolved, Result
-from service.db import logs, records, runs
+from erpo_core.trainer.state import RunState
+from service.db import claims, logs, records, runs
 
 
 def row(prompt_id: str, sample: int, **values) -> dict:
@@ -57,6 +60,13 @@ def test_completions_are_kept_with_everything_and_paged_in_the_order_of_arrival(
     assert [event.data["count"] for event in history(database, job.id, "completion.batch")] == [15, 15, 15]
 
 
+def test_answers_of_a_step_may_come_in_several_records(database):
+    job = submit(database)
+    store(database, claim(database), *(Completions(1, [row("a", sample)]) for sample in range(3)))
+    with database.read() as session:
+        assert [found.sample for found in runs.list_completions(session, job.run_id, step=1).rows] == [0, 1, 2]
+
+
 def test_completions_are_found_by_step_and_verdict(database):
     job = submit(database)
     owned = claim(database)
@@ -102,6 +112,47 @@ def test_a_checkpoint_is_announced_and_listed_by_step(database):
     ]
     announced = history(database, job.id, "checkpoint.created")
     assert [(event.data["step"], event.data["files"]) for event in announced] == [(20, 1), (10, 0)]
+
+
+REMOVED = Event("checkpoint.removed", "the checkpoint of step 10 makes room for later ones", data={"step": 10})
+
+
+def test_a_checkpoint_whose_files_made_room_is_forgotten(database):
+    job = submit(database)
+    store(database, claim(database), Checkpoint(10, "/a/10", []), Checkpoint(20, "/a/20", []), REMOVED)
+    with database.read() as session:
+        assert [row.step for row in runs.list_checkpoints(session, job.run_id)] == [20]
+    (event,) = history(database, job.id, "checkpoint.removed")
+    assert event.data == {"step": 10}
+
+
+def test_what_an_attempt_removes_is_never_an_earlier_ones(database):
+    job = submit(database)
+    old = claim(database)
+    store(database, old, Checkpoint(10, "/attempt-1/10", []))
+    call(database, claims.expire_attempt, job.id, old.attempt)
+    new = claim(database)
+    with pytest.raises(FencedError):
+        store(database, old, REMOVED)
+    store(database, new, REMOVED)
+    with database.read() as session:
+        assert [row.path for row in runs.list_checkpoints(session, job.run_id)] == ["/attempt-1/10"]
+    store(database, new, Checkpoint(10, "/attempt-2/10", []), REMOVED)
+    with database.read() as session:
+        assert runs.list_checkpoints(session, job.run_id) == []
+
+
+@pytest.mark.parametrize(
+    ("rewards", "best"), [((0.5, 1.0, 1.0), 20), ((1.0, 0.5, 1.0), 10), ((None, 0.5, None), 20), ((None, None), None)]
+)
+def test_the_best_checkpoint_is_the_one_that_rotation_keeps(database, rewards, best):
+    by_step = {10 * number: reward for number, reward in enumerate(rewards, 1)}
+    job = submit(database)
+    store(database, claim(database), *(Checkpoint(step, "/x", [], {"reward": r}) for step, r in by_step.items()))
+    kept = RunState(checkpoint_rewards={str(step): r for step, r in by_step.items() if r is not None})
+    assert kept.best_checkpoint(list(by_step)) == best
+    with database.read() as session:
+        assert runs.find_checkpoint(session, job.run_id, "best").step == (best or max(by_step))
 
 
 def test_metrics_are_announced_before_the_checkpoint_of_their_steps(database):

@@ -12,9 +12,13 @@ from tiny_model import make_tiny_model
 BODY = {"model": "m", "dataset": "d"}
 
 
-class Nowhere:
+class Counts:
+    """A sink that counts the traces that it is sent."""
+
+    traces = 0
+
     def emit(self, record) -> None:
-        pass
+        self.traces += record.kind == "trace"
 
 
 def train_spec(**changes):
@@ -73,9 +77,17 @@ def test_training_every_weight_takes_a_reference_and_sixteen_bytes_a_parameter()
     full = training_memory(train_spec(lora=None), seven)
     assert full["weights_bytes"] + full["optimizer_bytes"] == 20 * seven.num_parameters
     imitating = training_memory(train_spec(algorithm="sft", lora=None), seven)
-    assert imitating["memory_bytes"] == 16 * seven.num_parameters
+    assert imitating["weights_bytes"] + imitating["optimizer_bytes"] == 16 * seven.num_parameters
     assert training_memory(train_spec(), seven)["weights_bytes"] == 2 * seven.num_parameters
-    assert full["activation_bytes"] is None
+
+
+def test_of_an_unknown_shape_nothing_is_said_that_depends_on_it():
+    found = training_memory(train_spec(), ModelSize(7_000_000_000))
+    unknown = {"optimizer_bytes", "kv_cache_bytes", "activation_bytes", "memory_bytes"}
+    assert {name for name, value in found.items() if value is None} == unknown
+    assert training_memory(train_spec(lora=None), ModelSize(7_000_000_000))["memory_bytes"] is None
+    known = training_memory(train_spec(), model_size("smollm2-135m"))
+    assert known["memory_bytes"] == sum(value for name, value in known.items() if name.endswith("_bytes")) / 2
 
 
 def test_shards_divide_what_is_not_needed_whole():
@@ -85,7 +97,7 @@ def test_shards_divide_what_is_not_needed_whole():
     assert full["weights_bytes"] == 4 * seven.num_parameters * (1 + 1 / 4)
     assert full["optimizer_bytes"] == 12 * seven.num_parameters / 4
     imitating = training_memory(train_spec(algorithm="sft", lora=None, **four), seven)
-    assert imitating["memory_bytes"] == 16 * seven.num_parameters / 4
+    assert imitating["weights_bytes"] + imitating["optimizer_bytes"] == 16 * seven.num_parameters / 4
     parted = training_memory(train_spec(lora=None, hardware={"num_gpus": 4, "strategy": "zero2"}), seven)
     assert parted["weights_bytes"] == 4 * seven.num_parameters * 2
     assert parted["optimizer_bytes"] == (12 + 4) * seven.num_parameters / 4
@@ -107,11 +119,25 @@ def test_the_papers_setting_on_5580_problems():
     found = estimate(train_spec(), 5580)
     assert (found["steps"], found["completions"]) == (2790, 44_640)
     assert found["completion_tokens"] == 44_640 * 2047
-    assert found["traced_sequences"] == 279 * 8
+    assert found["traced_sequences"] == (279 + 1) * 8, "every tenth step, and the first"
     again = estimate(train_spec(dynamic_sampling=True, max_resample_rounds=2), 5580)
     assert (again["steps"], again["completions"]) == (2790, 3 * 44_640)
     assert estimate(train_spec(), None)["steps"] is None
     assert estimate(train_spec(algorithm="sft"), 5580)["steps"] == 349
+
+
+@pytest.mark.parametrize("every", [1, 3, 10])
+def test_traced_are_the_first_step_the_last_and_every_nth(every):
+    for steps in range(1, 25):
+        kept = [step for step in range(1, steps + 1) if step in (1, steps) or step % every == 0]
+        found = estimate(train_spec(max_steps=steps, trace_every=every, max_completion_length=100), None)
+        assert (found["traced_sequences"], found["trace_bytes"]) == (8 * len(kept), 8 * len(kept) * 100 * 20)
+
+
+def test_the_traces_of_an_unknown_number_of_steps_are_unknown():
+    found = estimate(train_spec(), None)
+    assert (found["traced_sequences"], found["trace_bytes"]) == (None, None)
+    assert estimate(train_spec(trace_every=0), None)["trace_bytes"] == 0
 
 
 def test_evaluations_on_the_way_are_counted():
@@ -139,7 +165,9 @@ def test_a_run_takes_the_steps_that_were_estimated(tiny, tmp_path, algorithm):
         sizes |= {"max_completion_length": 4, "num_iterations": 2, "preflight": False}
     spec = train_spec(model=str(tiny), dataset="data:sums.jsonl", algorithm=algorithm, num_train_epochs=2, **sizes)
     inputs = JobInputs("job", "run", 1, tmp_path, tmp_path, ModelInput(str(tiny)), tmp_path, (tiny.parent,))
-    assert run(spec, inputs, Nowhere(), StopFlag())["steps"] == estimate(spec, 5)["steps"]
+    found, sink = estimate(spec, 5), Counts()
+    assert run(spec, inputs, sink, StopFlag())["steps"] == found["steps"]
+    assert sink.traces == found.get("traced_sequences", 0)
 
 
 @pytest.mark.parametrize(

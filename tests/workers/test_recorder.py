@@ -6,7 +6,7 @@ import threading
 import time
 
 from erpo_core.errors import FencedError
-from erpo_core.records import Checkpoint, Ended, Metrics, Trace
+from erpo_core.records import MAX_HEADER_BYTES, Checkpoint, Completions, Ended, Metrics, Trace, encode_frame, to_wire
 from workers.child.channel import Channel
 from workers.processes import boottime
 from workers.recorder import BUFFER_RECORDS, Recorder
@@ -49,6 +49,22 @@ def test_a_checkpoint_is_in_the_database_when_the_child_goes_on():
         channel.emit(Checkpoint(1, "checkpoint-1", []))
         assert [record.kind for record in written] == ["metrics", "checkpoint"]
         channel.close()
+
+
+def test_more_answers_than_a_frame_holds_arrive_as_several_records_of_their_step():
+    rows = [{"prompt_id": "p", "sample": sample, "completion": "é" * 2**20} for sample in range(11)]
+    assert len(encode_frame(to_wire(Completions(3, rows))[0])) > 2 * MAX_HEADER_BYTES
+    written = []
+    with Recorder(written.extend) as recorder:
+        channel = Channel(str(recorder.path), on_lost=lambda reason: None)
+        sent = (Completions(3, rows, "run_1"), Ended("succeeded"))
+        threading.Thread(target=lambda: [channel.emit(record) for record in sent], daemon=True).start()
+        assert wait_for(lambda: recorder.ended or recorder.refused, 20)
+        assert recorder.refused is None
+        channel.close()
+    *parts, _ = written
+    assert {(part.step, part.run_id) for part in parts} == {(3, "run_1")}
+    assert [row for part in parts for row in part.rows] == rows
 
 
 def test_the_socket_is_private():

@@ -12,8 +12,9 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from typing import Any
 
-from erpo_core.records import Checkpoint, Record, encode_frame, read_frame, to_wire
+from erpo_core.records import Checkpoint, Record, encode_frame, read_frame, to_frames
 from workers.processes import ATTEMPT_VARIABLE, boottime, kill_attempt
 
 WINDOW_RECORDS = 4096
@@ -48,7 +49,14 @@ class Channel:
 
     def emit(self, record: Record) -> None:
         """Queue a record; waits while the recorder is a whole window behind, and until a checkpoint is stored."""
-        header, payload = to_wire(record)
+        for header, payload in to_frames(record):
+            self._queue(header, payload)
+        if isinstance(record, Checkpoint):
+            with self._changed:
+                number = self._last
+                self._changed.wait_for(lambda: number not in self._sizes)
+
+    def _queue(self, header: dict[str, Any], payload: bytes) -> None:
         with self._changed:
             self._changed.wait_for(self._has_room)
             self._last += 1
@@ -57,9 +65,6 @@ class Channel:
             self._bytes += len(frame)
             self._outbox.append(frame)
             self._changed.notify_all()
-            if isinstance(record, Checkpoint):
-                number = self._last
-                self._changed.wait_for(lambda: number not in self._sizes)
 
     def close(self) -> None:
         """Wait until every record is acknowledged, then hang up. The watchdog bounds the wait."""

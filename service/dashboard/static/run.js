@@ -114,6 +114,7 @@ function listen() {
     "completion.batch": refreshCompletions,
     "trace.batch": refreshTraces,
     "checkpoint.created": on(refreshCheckpoints),
+    "checkpoint.removed": on(refreshCheckpoints),
     "run.rewound": on(() => { refreshCharts(); refreshCompletions(); refreshTraces(); }),
     warning: on(),
   }, () => {
