@@ -12,6 +12,7 @@ from torch import Tensor
 
 from erpo_core.advantages import has_contrast
 from erpo_core.generation.base import Engine, Sample, Watch
+from erpo_core.generation.seeds import mixed_seed
 from erpo_core.loss import response_weights
 from erpo_core.prompts import stop_token_ids
 from erpo_core.trainer import measures, ranks
@@ -22,8 +23,6 @@ from erpo_core.trainer.rows import pad_logps, prompt_runs
 from erpo_core.trainer.sampler import EpochSampler
 from erpo_core.trainer.scoring import pad_rollouts
 from erpo_core.trainer.totals import Totals
-
-_RESAMPLING_SEEDS_APART = 15_485_863
 
 
 class SampledAnswers:
@@ -99,9 +98,8 @@ class SampledAnswers:
         return self._engine_of(self._policy)
 
     def _generation_seed(self) -> int:
-        """A seed of its own for each generation: a resumed run samples what the run never stopped would have."""
-        rank, again = self.accelerator.process_index, self._resample_round * _RESAMPLING_SEEDS_APART
-        return (self.args.seed * 1_000_003 + self.state.global_step * 1_009 + rank + again) % 2**31
+        """Each generation and rank has its own: a resumed run samples what the run never stopped would have."""
+        return mixed_seed(self.args.seed, self.state.global_step, self.accelerator.process_index, self._resample_round)
 
     def _roll_out(self, examples: list[dict[str, Any]]) -> list[MicroBatch]:
         answers = self._answer(examples)
