@@ -214,6 +214,10 @@ class GrpoTrainSpec(BaseTrainSpec):
                 "vllm_server_base_url: goes with `use_vllm: true` and `vllm_mode: server`; write all three, or none"
             )
         self._check_correction()
+        if self.lora is not None and self.lora.lora_dropout:
+            raise ValueError("lora/lora_dropout: scoring is without dropout, so it would do nothing; write 0")
+        if self.scoring_dtype == "bfloat16" and self.bf16 is False:
+            raise ValueError("scoring_dtype: `bfloat16` is only with bf16; write `float32`, or bf16 true")
         if self.use_vllm and self.load_in_4bit:
             raise ValueError("load_in_4bit: vLLM would sample from the base in 16 bits; write false, or use_vllm false")
         if self.use_vllm and self.lora is None:

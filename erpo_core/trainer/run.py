@@ -181,8 +181,9 @@ def first_process_first() -> AbstractContextManager[None]:
 
 
 def wants_bf16(spec: BaseTrainSpec) -> bool:
-    """By default on CUDA."""
-    return torch.cuda.is_available() if spec.bf16 is None else spec.bf16
+    """By default on CUDA, and where scoring is to be in bfloat16."""
+    default = torch.cuda.is_available() or getattr(spec, "scoring_dtype", None) == "bfloat16"
+    return default if spec.bf16 is None else spec.bf16
 
 
 def _load_dtype(spec: GrpoTrainSpec, folder: Path) -> torch.dtype:
