@@ -178,6 +178,11 @@ class GrpoTrainSpec(BaseTrainSpec):
     outcome_reward: str = Field(
         "accuracy", description="The reward that decides right and wrong; the first one where there is no accuracy."
     )
+    dead_group_on: Literal["total", "outcome"] = Field(
+        "total",
+        description="A group from which nothing is learnt: of equal `total` rewards, or of equal `outcome` rewards, "
+        "however the others differ.",
+    )
     scoring_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
 
     preflight: bool = Field(

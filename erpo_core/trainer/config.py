@@ -11,6 +11,7 @@ from erpo_core.trainer.zero import take_configuration
 TOKEN_CORRECTIONS = ("token_truncate", "token_mask")
 CHOICES = {
     "algorithm": ("erpo", "grpo"),
+    "dead_group_on": ("total", "outcome"),
     "entropy_stats": ("group", "ema"),
     "loss_type": ("erpo", "dapo", "bnpo", "grpo"),
     "scoring_dtype": ("auto", "float32", "bfloat16"),
@@ -55,6 +56,9 @@ class ERPOConfig(GRPOConfig):
     )
     max_skipped_steps: int = field(default=10, metadata={"help": "Steps with a non-finite gradient before it fails."})
     outcome_reward: str = field(default="accuracy", metadata={"help": "The reward that decides right and wrong."})
+    dead_group_on: str = field(
+        default="total", metadata={"help": "A group is dead where these are equal: `total` rewards, or `outcome`."}
+    )
     trace_every: int = field(default=0, metadata={"help": "Steps between kept token traces; 0 keeps none."})
     trace_groups: int = field(default=1, metadata={"help": "Groups kept each time."})
     dynamic_sampling: bool = field(

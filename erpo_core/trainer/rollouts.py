@@ -35,6 +35,7 @@ class SampledAnswers:
     rollout_log: list[MicroBatch]
     watch: Watch | None = None
     """Told how far this rank's answers of a step are."""
+    credited_rewards: Callable[[Tensor, Tensor], Tensor]
     _engine_of: Callable[[Any], Engine]
     _resample_round = 0
     """Above 0 while dead groups are replaced."""
@@ -132,7 +133,7 @@ class SampledAnswers:
         whole = ranks.gather_list(self.accelerator, answers)
         found = replace_dead_groups(
             self._groups_of(whole),
-            has_contrast=lambda group: bool(has_contrast(self._total_rewards(group)[None]).item()),
+            has_contrast=self._is_live,
             prompts=other_prompts(self.train_dataset, whole, seed=self.args.seed, step=self.state.global_step),
             answer=self._answer_together,
             max_rounds=self.args.max_resample_rounds,
@@ -142,6 +143,10 @@ class SampledAnswers:
         self._totals.add("sampling/resampled_tokens", found.resampled_tokens, 1)
         rows = [answer for group in found.groups for answer in group]
         return rows[ranks.local_slice(self.accelerator, len(answers))]
+
+    def _is_live(self, group: list[Answer]) -> bool:
+        outcomes = self._per_function(group)[:, self._outcome_index()]
+        return bool(has_contrast(self.credited_rewards(self._total_rewards(group), outcomes)[None]).item())
 
     def _answer_together(self, examples: list[dict[str, Any]], round_number: int) -> list[list[Answer]]:
         """A group for each example; the ranks share the work evenly, and the last row is repeated to fill it up."""

@@ -31,6 +31,7 @@ PASSED_THROUGH = (
     "advantage_clip",
     "algorithm",
     "beta",
+    "dead_group_on",
     "dynamic_sampling",
     "epsilon",
     "epsilon_high",
