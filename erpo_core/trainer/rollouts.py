@@ -21,6 +21,7 @@ from erpo_core.trainer.config import ERPOConfig
 from erpo_core.trainer.resampling import other_prompts, replace_dead_groups
 from erpo_core.trainer.rows import pad_logps, prompt_runs
 from erpo_core.trainer.sampler import EpochSampler
+from erpo_core.trainer.sampling import Sampler
 from erpo_core.trainer.scoring import pad_rollouts
 from erpo_core.trainer.totals import Totals
 
@@ -36,7 +37,7 @@ class SampledAnswers:
     watch: Watch | None = None
     """Told how far this rank's answers of a step are."""
     credited_rewards: Callable[[Tensor, Tensor], Tensor]
-    _engine_of: Callable[[Any], Engine]
+    _engine_of: Sampler
     _resample_round = 0
     """Above 0 while dead groups are replaced."""
     _totals: Totals
@@ -93,6 +94,10 @@ class SampledAnswers:
             engine = self._engine()
             call = {"n": n, "stop_ids": stop_token_ids(self.processing_class), "seed": seed, **sampling, **changes}
             return ranks.sampled_together(self.accelerator, engine, watch, prompts, **call)
+
+    def close(self) -> None:
+        """After the last answer: a vLLM server forgets the adapter. Sampling again is possible, and lends it anew."""
+        self._engine_of.close()
 
     def _engine(self) -> Engine:
         """Samples from the policy as it is now."""

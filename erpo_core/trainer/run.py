@@ -3,7 +3,7 @@
 import os
 import time
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -95,7 +95,7 @@ def run_training(spec: GrpoTrainSpec, inputs: JobInputs, sink: Sink, stop: Stop)
     report_dropped(sink, dropped, len(problems), "are too long")
     spec = with_completion_length(spec, dataset)
     args = make_config(spec, inputs.work_dir / "checkpoints", bf16=wants_bf16(spec))
-    with Verifier() as verifier:
+    with Verifier() as verifier, ExitStack() as at_the_end:
         functions = reward_functions(spec.rewards, verifier)
         origin = {name: info[name] for name in ("model_digest", "adapter_digest", "tokenizer_digest", "dtype")}
         records = RecordCallback(sink, stop, origin | {"head_dtype": "float32"})
@@ -110,6 +110,7 @@ def run_training(spec: GrpoTrainSpec, inputs: JobInputs, sink: Sink, stop: Stop)
             callbacks=[records, evaluation],
             peft_config=None if inputs.model.adapter_path else lora_config(spec),
         )
+        at_the_end.callback(trainer.close)
         records.attach(trainer)
         evaluation.attach(trainer)
         own = {field.name for field in fields(ERPOConfig)} & (set(PASSED_THROUGH) | set(ERPO_ONLY))
