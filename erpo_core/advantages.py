@@ -142,6 +142,13 @@ def has_contrast(rewards_NG: Tensor, counted_NG: Tensor | None = None) -> Tensor
     return counted_NG.any(1) & (high_N - low_N > RELATIVE_TOLERANCE * scale_N)
 
 
+def without_shaping(rewards: Tensor, outcomes: Tensor, num_generations: int) -> Tensor:
+    """(B,) rewards, all 0 in a group whose outcomes do not differ, so that it is dead; NaN stays NaN."""
+    decided_N = has_contrast(outcomes.reshape(-1, num_generations))
+    kept = decided_N.repeat_interleave(num_generations) | rewards.isnan()
+    return torch.where(kept, rewards, 0.0)
+
+
 def _moments(values_NL: Tensor, active_NL: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and population standard deviation over each group's active tokens, both (N, 1)."""
     count_N1 = active_NL.sum(1, keepdim=True).clamp(min=1)

@@ -3,8 +3,6 @@
 A batch's seed comes from what is in it, so that the same request samples the same answers whatever was interrupted.
 """
 
-import hashlib
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +11,7 @@ from erpo_core.data.formats import Problem
 from erpo_core.errors import RunError
 from erpo_core.evaluation_answers import Answer
 from erpo_core.generation.base import Sample
+from erpo_core.generation.seeds import mixed_seed
 from erpo_core.prompts import prompt_ids
 from erpo_core.specs.common import PromptSpec
 from erpo_core.specs.evaluate import EvaluateSpec
@@ -95,5 +94,4 @@ def check_room(tasks: Sequence[Task], max_completion_length: int, room: int, who
 
 
 def _seed(spec: EvaluateSpec, tasks: Sequence[Task], first: int) -> int:
-    text = json.dumps([spec.sampling.seed, first, [task.problem.id for task in tasks]])
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7])
+    return mixed_seed(spec.sampling.seed, first, [task.problem.id for task in tasks])

@@ -1,7 +1,5 @@
 """What if it had said something else here: the likeliest tokens at one place, each continued and checked."""
 
-import hashlib
-import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +14,7 @@ from erpo_core.analysis.scoring import best_tokens, score_answer
 from erpo_core.analysis.statistics import wilson_interval
 from erpo_core.errors import SpecError
 from erpo_core.generation.base import watch_and_leave
+from erpo_core.generation.seeds import mixed_seed
 from erpo_core.generation.transformers import TransformersEngine
 from erpo_core.job import JobInputs, Stop, leaves_early
 from erpo_core.models import load_policy
@@ -198,5 +197,4 @@ def _outcome(branch: Branch, found: Sequence[dict[str, Any]], gold: str | None) 
 
 
 def _seed(spec: BranchSpec, start: int) -> int:
-    text = json.dumps([spec.sampling.seed, spec.sequence, spec.position, start])
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7])
+    return mixed_seed(spec.sampling.seed, spec.sequence, spec.position, start)

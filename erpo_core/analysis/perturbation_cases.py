@@ -20,6 +20,7 @@ from erpo_core.analysis.tokens import display_tokens
 from erpo_core.data.formats import Problem
 from erpo_core.errors import RunError, SpecError
 from erpo_core.generation.base import Engine, Sample
+from erpo_core.generation.seeds import mixed_seed
 from erpo_core.job import JobInputs
 from erpo_core.prompts import prompt_ids, stop_token_ids
 from erpo_core.records import Completions, Progress, Sink
@@ -233,7 +234,7 @@ def sample(
 
 def seed_of(spec: PerturbationSpec, *parts: Any) -> int:
     """The same for all arms: what they do not share is what was disturbed."""
-    return int.from_bytes(hashlib.sha256(json.dumps([spec.sampling.seed, *parts]).encode()).digest()[:7])
+    return mixed_seed(spec.sampling.seed, *parts)
 
 
 def _num_right(rows: Sequence[dict[str, Any]]) -> int:

@@ -20,14 +20,13 @@ import torch
 
 from erpo_core.errors import RunError
 from erpo_core.generation.base import Sample, Sampling, Watch, check_call
+from erpo_core.generation.seeds import request_seed
 
 _LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 _BLOCK_TOKENS = 128
 _CPU_SEQUENCES = 64
 _CPU_CACHE_SHARE = 0.25
 """Of the machine's memory, for keys and values; training may go on in the same process."""
-_SEED_STRIDE = 1_000_003
-"""Between the seeds of two prompts: vLLM adds the number of the answer."""
 
 
 class VLLMEngine:
@@ -229,7 +228,7 @@ class VLLMEngine:
                 temperature=temperature,
                 top_p=top_p,
                 top_k=top_k,
-                seed=(seed + index * _SEED_STRIDE) % 2**62 if own_seeds else None,
+                seed=request_seed(seed, index) if own_seeds else None,
                 max_tokens=max_new_tokens,
                 stop_token_ids=sorted(set(stop_ids)),
                 ignore_eos=True,  # what ends an answer is stop_ids alone

@@ -16,9 +16,8 @@ import httpx
 
 from erpo_core.errors import RunError, UnknownReferenceError
 from erpo_core.generation.base import Sample, Sampling, Watch, check_call
+from erpo_core.generation.seeds import request_seed
 
-_SEED_STRIDE = 1_000_003
-"""Between the seeds of two prompts: vLLM adds the number of the answer."""
 _CONNECTIONS = 64
 _CONNECT_SECONDS = 10
 _ANSWER_SECONDS = 1800
@@ -114,7 +113,7 @@ class VLLMServer:
             "return_token_ids": True,
             "logprobs": 0 if scored else None,
         }
-        seeds = [None if greedy else (seed + index * _SEED_STRIDE) % 2**62 for index in range(len(prompts))]
+        seeds = [None if greedy else request_seed(seed, index) for index in range(len(prompts))]
         bodies = [body | {"prompt": list(prompt), "seed": own} for prompt, own in zip(prompts, seeds, strict=True)]
         groups = []
         for answer in self._complete_all(bodies):

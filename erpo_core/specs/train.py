@@ -184,6 +184,11 @@ class GrpoTrainSpec(BaseTrainSpec):
     outcome_reward: str = Field(
         "accuracy", description="The reward that decides right and wrong; the first one where there is no accuracy."
     )
+    dead_group_on: Literal["total", "outcome"] = Field(
+        "total",
+        description="A group from which nothing is learnt: of equal `total` rewards, or of equal `outcome` rewards, "
+        "however the others differ.",
+    )
     scoring_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
 
     preflight: bool = Field(
@@ -220,6 +225,10 @@ class GrpoTrainSpec(BaseTrainSpec):
                 "vllm_server_base_url: goes with `use_vllm: true` and `vllm_mode: server`; write all three, or none"
             )
         self._check_correction()
+        if self.lora is not None and self.lora.lora_dropout:
+            raise ValueError("lora/lora_dropout: scoring is without dropout, so it would do nothing; write 0")
+        if self.scoring_dtype == "bfloat16" and self.bf16 is False:
+            raise ValueError("scoring_dtype: `bfloat16` is only with bf16; write `float32`, or bf16 true")
         if self.use_vllm and self.load_in_4bit:
             raise ValueError("load_in_4bit: vLLM would sample from the base in 16 bits; write false, or use_vllm false")
         if self.use_vllm and self.lora is None:

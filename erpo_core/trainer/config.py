@@ -1,17 +1,31 @@
 """ERPOConfig: TRL's GRPOConfig with ERPO's parameters and the paper's defaults (erpo-spec section 8)."""
 
-from dataclasses import dataclass, field
+from dataclasses import MISSING, Field, dataclass, field, fields
 
 import torch
 from trl import GRPOConfig
 
+from erpo_core.trainer.options import REFUSED, SAME_AS_DEFAULT
 from erpo_core.trainer.zero import take_configuration
 
-ALGORITHMS = ("erpo", "grpo")
-SCORING_DTYPES = ("auto", "float32", "bfloat16")
 TOKEN_CORRECTIONS = ("token_truncate", "token_mask")
-LOSS_TYPES = ("erpo", "dapo", "bnpo", "grpo")
-VLLM_MODES = ("colocate", "server")
+CHOICES = {
+    "algorithm": ("erpo", "grpo"),
+    "dead_group_on": ("total", "outcome"),
+    "entropy_stats": ("group", "ema"),
+    "loss_type": ("erpo", "dapo", "bnpo", "grpo"),
+    "scoring_dtype": ("auto", "float32", "bfloat16"),
+    "vllm_mode": ("colocate", "server"),
+}
+LEAST = {
+    "max_completion_length": 1,
+    "max_resample_rounds": 1,
+    "max_skipped_steps": 0,
+    "noise_floor_every": 1,
+    "num_buckets": 1,
+    "trace_every": 0,
+    "trace_groups": 1,
+}
 
 
 @dataclass
@@ -42,6 +56,9 @@ class ERPOConfig(GRPOConfig):
     )
     max_skipped_steps: int = field(default=10, metadata={"help": "Steps with a non-finite gradient before it fails."})
     outcome_reward: str = field(default="accuracy", metadata={"help": "The reward that decides right and wrong."})
+    dead_group_on: str = field(
+        default="total", metadata={"help": "A group is dead where these are equal: `total` rewards, or `outcome`."}
+    )
     trace_every: int = field(default=0, metadata={"help": "Steps between kept token traces; 0 keeps none."})
     trace_groups: int = field(default=1, metadata={"help": "Groups kept each time."})
     dynamic_sampling: bool = field(
@@ -77,54 +94,41 @@ class ERPOConfig(GRPOConfig):
         wanted, self.loss_type = self.loss_type, "bnpo"
         if self.bf16 is None:
             self.bf16 = torch.cuda.is_available() and not self.use_cpu and not self.fp16
+        if self.scoring_dtype == "bfloat16" and not self.bf16:
+            raise ValueError("scoring_dtype: 'bfloat16' is only with bf16; write bf16=True, or 'float32'")
         super().__post_init__()
         # Before a model is loaded: transformers would load it in DeepSpeed's shards, TRL train adapters in bfloat16.
         take_configuration(self)
         self.loss_type = wanted
 
     def _refuse(self) -> None:
-        for name, wanted, why in (
-            ("importance_sampling_level", "token", "a sequence ratio spreads token credit evenly again"),
-            ("scale_rewards", "group", "ERPO's group advantage is eq. 3"),
-            ("use_liger_kernel", False, "the head is scored by erpo_core.logits"),
-            ("sync_ref_model", False, "the reference is the policy that training started from"),
-            ("vllm_tensor_parallel_size", 1, "vLLM shares the trainer's device"),
-            ("vllm_enable_sleep_mode", False, "vLLM keeps its share of the memory"),
-            ("multi_objective_aggregation", "sum_then_normalize", "it changes eq. 3"),
-            ("mask_truncated_completions", False, "truncated responses count as the rewards say"),
-            ("off_policy_mask_threshold", None, "it tests the sign of a sequence's advantage"),
-            ("delta", None, "two-sided clipping is not part of eq. 5"),
-            ("use_bias_correction_kl", False, "eq. 4 has the plain k3 estimator"),
-            ("disable_dropout", True, "dropout is noise in the progress signal"),
-            ("entropy_coef", 0.0, "there is no entropy bonus in eq. 5"),
-            ("use_adaptive_entropy", False, "there is no entropy bonus in eq. 5"),
-            ("min_p", None, "the sampler has temperature, top_p and top_k"),
-            ("repetition_penalty", 1.0, "the scored distribution would not be the sampled one"),
-            ("generation_kwargs", None, "the sampler has temperature, top_p and top_k"),
-            ("use_transformers_continuous_batching", False, "sampling is erpo_core.generation's"),
-            ("use_transformers_paged", False, "sampling is erpo_core.generation's"),
-            ("cast_lm_head_to_fp32", False, "logits are float32 anyway"),
-            ("fp16", False, "use bf16"),
-            ("eval_strategy", "no", "evaluate with erpo_core.evaluation"),
-        ):
-            value = getattr(self, name, wanted)
-            if value != wanted and not (name == "scale_rewards" and value is True):
-                raise ValueError(f"{name}: {value!r} is not supported by ERPO ({why}); leave it at {wanted!r}")
-        if self.scoring_dtype not in SCORING_DTYPES:
-            raise ValueError(f"scoring_dtype: {self.scoring_dtype!r} is none of {', '.join(SCORING_DTYPES)}")
+        for option in fields(self):
+            if option.name in REFUSED:
+                self._refuse_change(option)
+        for name, known in CHOICES.items():
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name}: {getattr(self, name)!r} is none of {', '.join(known)}")
+        self._check_ranges()
+        self._check_correction()
+
+    def _check_ranges(self) -> None:
+        for name, least in LEAST.items():
+            value = getattr(self, name)
+            if value is None or value < least:
+                raise ValueError(f"{name}: {value!r} is not a number of at least {least}")
         if not 0 < self.top_entropy_quantile <= 1:
             raise ValueError(f"top_entropy_quantile: {self.top_entropy_quantile!r} is not above 0 and at most 1")
-        self._check_correction()
-        if self.max_resample_rounds < 1:
-            raise ValueError(f"max_resample_rounds: {self.max_resample_rounds!r} is below 1")
-        if self.entropy_stats not in ("group", "ema"):
-            raise ValueError(f"entropy_stats: {self.entropy_stats!r} is none of group, ema")
-        if self.vllm_mode not in VLLM_MODES:
-            raise ValueError(f"vllm_mode: {self.vllm_mode!r} is none of {', '.join(VLLM_MODES)}")
-        if self.algorithm not in ALGORITHMS:
-            raise ValueError(f"algorithm: {self.algorithm!r} is none of {', '.join(ALGORITHMS)}")
-        if self.loss_type not in LOSS_TYPES:
-            raise ValueError(f"loss_type: {self.loss_type!r} is none of {', '.join(LOSS_TYPES)}")
+        if not 0 <= self.entropy_ema_decay < 1:
+            raise ValueError(f"entropy_ema_decay: {self.entropy_ema_decay!r} is not from 0 to below 1")
+        if isinstance(self.progress_noise_floor, str) and self.progress_noise_floor != "auto":
+            raise ValueError(f"progress_noise_floor: {self.progress_noise_floor!r} is neither a number nor 'auto'")
+
+    def _refuse_change(self, option: Field) -> None:
+        wanted = option.default if option.default is not MISSING else option.default_factory()
+        value = getattr(self, option.name)
+        if value != wanted and value != SAME_AS_DEFAULT.get(option.name, wanted):
+            why = REFUSED[option.name]
+            raise ValueError(f"{option.name}: {value!r} is not supported by ERPO ({why}); leave it at {wanted!r}")
 
     def _check_correction(self) -> None:
         mode = self.vllm_importance_sampling_mode

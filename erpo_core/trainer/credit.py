@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from erpo_core.advantages import ERPOSignals, erpo_advantages, has_contrast
+from erpo_core.advantages import ERPOSignals, erpo_advantages, has_contrast, without_shaping
 from erpo_core.logits import TokenScores
 from erpo_core.loss import top_entropy_mask
 from erpo_core.memory import SMALL_MODEL
@@ -90,11 +90,17 @@ class TokenCredit:
         tokens = live.repeat_interleave(rollouts.num_generations)[:, None].expand_as(rollouts.mask)
         return merge_scores(score(rollouts.of_groups(live)), dead, tokens[rollouts.mask])
 
+    def credited_rewards(self, rewards: Tensor, outcomes: Tensor) -> Tensor:
+        """(B,) rewards of whole groups as eq. 3 takes them."""
+        if self.args.dead_group_on == "total":
+            return rewards
+        return without_shaping(rewards, outcomes, self.num_generations)
+
     def _live_prompts(self, batch: MicroBatch) -> Tensor:
         """(prompts,) bool: whose answers have, or are about to get, an advantage."""
         count = len(batch.rollouts.prompts)
         if batch.old is None:
-            return has_contrast(batch.rewards.view(count, -1))
+            return has_contrast(self.credited_rewards(batch.rewards, batch.outcomes).view(count, -1))
         return (batch.old.advantages != 0).view(count, -1).any(1)
 
     def _scores(self, policy, rollouts: Rollouts, reference=None) -> TokenScores:
@@ -153,7 +159,7 @@ class TokenCredit:
             logps.nan_to_num(0.0),
             ref_logps.nan_to_num(0.0),
             mask,
-            rewards,
+            self.credited_rewards(rewards, outcomes),
             num_generations=self.num_generations,
             num_buckets=args.num_buckets,
             gate_scale=args.gate_scale,

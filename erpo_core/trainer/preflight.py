@@ -128,13 +128,14 @@ def _look_at(trainer: "ERPOTrainer", rows: list[dict[str, Any]], start: int, sto
     ids = [sample.token_ids for sample in samples]
     texts = trainer.processing_class.batch_decode(ids, skip_special_tokens=True)
     rewards, outcomes = _rewards(trainer, [row for row in rows for _ in range(count)], texts, ids)
+    credited = trainer.credited_rewards(torch.tensor(rewards), torch.tensor(outcomes))
     return Findings(
         prompts=len(rows),
         answers=len(samples),
         truncated=sum(not sample.finished for sample in samples),
         boxed=sum(map(has_answer, texts)),
         right=sum(outcome > 0 for outcome in outcomes),
-        groups_with_spread=int(has_contrast(torch.tensor(rewards).view(-1, count)).sum()),
+        groups_with_spread=int(has_contrast(credited.view(-1, count)).sum()),
     )
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from erpo_core.advantages import has_contrast
 from erpo_core.generation.base import Engine, Sample, Watch
+from erpo_core.generation.seeds import mixed_seed
 from erpo_core.loss import response_weights
 from erpo_core.prompts import stop_token_ids
 from erpo_core.trainer import measures, ranks
@@ -20,10 +21,9 @@ from erpo_core.trainer.config import ERPOConfig
 from erpo_core.trainer.resampling import other_prompts, replace_dead_groups
 from erpo_core.trainer.rows import pad_logps, prompt_runs
 from erpo_core.trainer.sampler import EpochSampler
+from erpo_core.trainer.sampling import Sampler
 from erpo_core.trainer.scoring import pad_rollouts
 from erpo_core.trainer.totals import Totals
-
-_RESAMPLING_SEEDS_APART = 15_485_863
 
 
 class SampledAnswers:
@@ -38,7 +38,8 @@ class SampledAnswers:
     rollout_log: list[MicroBatch]
     watch: Watch | None = None
     """Told how far this rank's answers of a step are."""
-    _engine_of: Callable[[Any], Engine]
+    credited_rewards: Callable[[Tensor, Tensor], Tensor]
+    _engine_of: Sampler
     _resample_round = 0
     """Above 0 while dead groups are replaced."""
     _totals: Totals
@@ -96,14 +97,17 @@ class SampledAnswers:
             call = {"n": n, "stop_ids": stop_token_ids(self.processing_class), "seed": seed, **sampling, **changes}
             return ranks.sampled_together(self.accelerator, engine, watch, prompts, **call)
 
+    def close(self) -> None:
+        """After the last answer: a vLLM server forgets the adapter. Sampling again is possible, and lends it anew."""
+        self._engine_of.close()
+
     def _engine(self) -> Engine:
         """Samples from the policy as it is now."""
         return self._engine_of(self._policy)
 
     def _generation_seed(self) -> int:
-        """A seed of its own for each generation: a resumed run samples what the run never stopped would have."""
-        rank, again = self.accelerator.process_index, self._resample_round * _RESAMPLING_SEEDS_APART
-        return (self.args.seed * 1_000_003 + self.state.global_step * 1_009 + rank + again) % 2**31
+        """Each generation and rank has its own: a resumed run samples what the run never stopped would have."""
+        return mixed_seed(self.args.seed, self.state.global_step, self.accelerator.process_index, self._resample_round)
 
     def _roll_out(self, examples: list[dict[str, Any]]) -> list[MicroBatch]:
         answers = self._answer(examples)
@@ -136,7 +140,7 @@ class SampledAnswers:
         whole = ranks.gather_list(self.accelerator, answers)
         found = replace_dead_groups(
             self._groups_of(whole),
-            has_contrast=lambda group: bool(has_contrast(self._total_rewards(group)[None]).item()),
+            has_contrast=self._is_live,
             prompts=other_prompts(self.train_dataset, whole, seed=self.args.seed, step=self.state.global_step),
             answer=self._answer_together,
             max_rounds=self.args.max_resample_rounds,
@@ -146,6 +150,10 @@ class SampledAnswers:
         self._totals.add("sampling/resampled_tokens", found.resampled_tokens, 1)
         rows = [answer for group in found.groups for answer in group]
         return rows[ranks.local_slice(self.accelerator, len(answers))]
+
+    def _is_live(self, group: list[Answer]) -> bool:
+        outcomes = self._per_function(group)[:, self._outcome_index()]
+        return bool(has_contrast(self.credited_rewards(self._total_rewards(group), outcomes)[None]).item())
 
     def _answer_together(self, examples: list[dict[str, Any]], round_number: int) -> list[list[Answer]]:
         """A group for each example; the ranks share the work evenly, and the last row is repeated to fill it up."""

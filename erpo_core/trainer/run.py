@@ -3,7 +3,7 @@
 import math
 import os
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ PASSED_THROUGH = (
     "advantage_clip",
     "algorithm",
     "beta",
+    "dead_group_on",
     "dynamic_sampling",
     "epsilon",
     "epsilon_high",
@@ -93,7 +94,7 @@ def run_training(spec: GrpoTrainSpec, inputs: JobInputs, sink: Sink, stop: Stop)
     report_dropped(sink, dropped, len(problems), "are too long")
     spec = with_completion_length(spec, dataset)
     args = make_config(spec, inputs.work_dir / "checkpoints", bf16=wants_bf16(spec))
-    with Verifier() as verifier:
+    with Verifier() as verifier, ExitStack() as at_the_end:
         functions = reward_functions(spec.rewards, verifier)
         origin = {name: info[name] for name in ("model_digest", "adapter_digest", "tokenizer_digest", "dtype")}
         records = RecordCallback(sink, stop, origin | {"head_dtype": "float32"})
@@ -108,6 +109,7 @@ def run_training(spec: GrpoTrainSpec, inputs: JobInputs, sink: Sink, stop: Stop)
             callbacks=[records, evaluation],
             peft_config=None if inputs.model.adapter_path else lora_config(spec),
         )
+        at_the_end.callback(trainer.close)
         records.attach(trainer)
         evaluation.attach(trainer)
         own = {field.name for field in fields(ERPOConfig)} & (set(PASSED_THROUGH) | set(ERPO_ONLY))
@@ -179,8 +181,9 @@ def first_process_first() -> AbstractContextManager[None]:
 
 
 def wants_bf16(spec: BaseTrainSpec) -> bool:
-    """By default on CUDA."""
-    return torch.cuda.is_available() if spec.bf16 is None else spec.bf16
+    """By default on CUDA, and where scoring is to be in bfloat16."""
+    default = torch.cuda.is_available() or getattr(spec, "scoring_dtype", None) == "bfloat16"
+    return default if spec.bf16 is None else spec.bf16
 
 
 def _load_dtype(spec: GrpoTrainSpec, folder: Path) -> torch.dtype:

@@ -2,10 +2,10 @@
 
 import shutil
 import uuid
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
@@ -25,8 +25,20 @@ MOST_APART = 0.1
 """Nats a token, on average, between server and policy: bfloat16 gives about a tenth of it."""
 
 
-def make_sampler(args: Any, policy: Any, tokenizer: Any, accelerator: Accelerator) -> Callable[[Any], Engine]:
-    """A function that gives, for the policy, an engine with its current weights. All ranks must call it together.
+class Sampler(Protocol):
+    """Gives, for the policy, an engine with its current weights. All ranks must call it together."""
+
+    def __call__(self, policy: Any) -> Engine:
+        """The engine, at the policy's version."""
+        ...
+
+    def close(self) -> None:
+        """Give back what was lent outside this process; the next call takes it anew. No rank waits for another."""
+        ...
+
+
+def make_sampler(args: Any, policy: Any, tokenizer: Any, accelerator: Accelerator) -> Sampler:
+    """The sampler that the arguments ask for.
 
     Raises:
         ValueError: ``use_vllm`` with a policy that vLLM cannot follow, by name.
@@ -77,6 +89,9 @@ class TransformersSampler:
         self._snapshot.refresh()
         return TransformersEngine(self._snapshot.model, self._tokenizer)
 
+    def close(self) -> None:
+        """Nothing was lent."""
+
 
 class GatheredEngine(TransformersEngine):
     """Has the weights of a sharded model whole while it samples. All ranks must sample together."""
@@ -120,6 +135,11 @@ class VLLMSampler:
             )
         return self.engine
 
+    def close(self) -> None:
+        """Remove the adapter's folder; the engine ends with its process."""
+        self._sent = None
+        self._folders.remove()
+
 
 class ServerSampler:
     """Keeps a vLLM server at the policy's adapter: the first rank sends it, all ranks sample.
@@ -152,6 +172,14 @@ class ServerSampler:
             self._check(policy)
             self._sent = digest
         return self.engine
+
+    def close(self) -> None:
+        """Have the server forget the last adapter, and remove its folder. A server that is gone has forgotten it."""
+        self._sent = None
+        if self._accelerator.is_main_process and self._folders.version:
+            with suppress(RunError):
+                self.engine.unload_adapter(self._name())
+            self._folders.remove()
 
     def _send(self, policy: Any) -> None:
         before = self._name()
@@ -209,7 +237,7 @@ class VersionFolders:
     def __init__(self, parent: Path) -> None:
         self.version = 0
         self._parent = parent
-        shutil.rmtree(parent, ignore_errors=True)
+        self.remove()
 
     @contextmanager
     def next(self) -> Iterator[Path]:
@@ -218,6 +246,10 @@ class VersionFolders:
         self.version += 1
         yield self._parent / f"version-{self.version}"
         shutil.rmtree(previous, ignore_errors=True)
+
+    def remove(self) -> None:
+        """Every folder goes; versions are counted on."""
+        shutil.rmtree(self._parent, ignore_errors=True)
 
 
 def write_adapter(policy: Any, folder: Path, *, keep: bool = True) -> None:

@@ -54,6 +54,8 @@ class ERPOTrainer(ShardedWeights, ZeroParts, WholeCheckpoints, SampledAnswers, T
         for name in ("tools", "rollout_func", "environment_factory", "eval_dataset"):
             if kwargs.get(name) is not None:
                 raise ValueError(f"{name}: not supported by ERPOTrainer; leave it out")
+        if getattr(kwargs.get("peft_config"), "lora_dropout", 0):
+            raise ValueError("peft_config: lora_dropout does nothing, scoring is without dropout; write 0")
         self.keeps_rollouts = self.keeps_traces = False
         self.traces: list[TraceGroup] = []
         self.rollout_log: list[MicroBatch] = []

@@ -9,6 +9,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from erpo_core import ERPOSignals, erpo_advantages
+from erpo_core.advantages import without_shaping
 
 DEFAULTS = {
     "num_buckets": 10,
@@ -188,6 +189,22 @@ def test_responses_with_tokens_that_share_one_reward_are_dead_although_another_r
     assert (signals.group_advantages != 0).all()
     assert (signals.psi == 0).all()
     assert (signals.advantages == 0).all()
+
+
+def test_without_shaping_a_group_of_one_outcome_is_dead_and_the_others_are_as_they_were():
+    """``dead_group_on: outcome``: outcomes that differ by rounding alone are one outcome; NaN is left out."""
+    shaped, decided, unjudged = [0.2, 0.0, 0.1, 0.2], [1.2, 0.0, 0.2, 0.2], [1.0, math.nan, 0.2, 1.2]
+    outcomes = torch.tensor([0.7, 0.7 + 1e-8, 0.7, 0.7, 1, 0, 0, 0, 1, math.nan, 0, 1], dtype=torch.float64)
+    case = rollouts(shaped + decided + unjudged, seed=5)
+    dead, *live = (compute({name: v[i : i + 4] for name, v in case.items()}) for i in (0, 4, 8))
+    assert (dead.advantages != 0).any(), "it lives through shaping"
+    found = compute(case | {"rewards": without_shaping(case["rewards"], outcomes, 4)}, num_generations=4)
+    for values in (found.group_advantages, found.psi, found.advantages):
+        assert (values[:4] == 0).all()
+    for place, expected in zip((4, 8), live, strict=True):
+        torch.testing.assert_close(found.advantages[place : place + 4], expected.advantages)
+        reference = by_loops({name: v[place : place + 4] for name, v in case.items()})
+        torch.testing.assert_close(found.psi[place : place + 4], reference["psi"], atol=1e-9, rtol=1e-9)
 
 
 def test_a_response_without_a_reward_is_left_out_of_everything():

@@ -106,6 +106,39 @@ def test_verdicts_are_those_of_the_answers_that_are_trained_on(tiny, tmp_path):
             assert metrics[f"verdict/{name}"] == found.count(name) / len(found)
 
 
+class Shaping(Judge):
+    """Differs in every group."""
+
+    __name__ = "shaping"
+
+    def __call__(self, prompts, completion_ids, **_):
+        return [float(row % 4) for row in range(len(prompts))]
+
+
+@pytest.mark.parametrize("layout", [{}, {"algorithm": "grpo", "beta": 0.0}, {"num_iterations": 2}])
+def test_a_group_of_one_outcome_is_dead_where_the_outcome_decides(tiny, tmp_path, layout):
+    told = {}
+    for on in ("total", "outcome"):
+        judges = [Judge(()), Shaping(())]
+        settings = layout | {"outcome_reward": "judge", "dead_group_on": on}
+        trainer = make_trainer(tiny, tmp_path / on, reward=judges, max_steps=1, **settings)
+        trainer.train()
+        told[on] = next(entry for entry in trainer.state.log_history if "reward" in entry)
+    names = ("erpo/frac_dead_groups", "erpo/frac_live_by_shaping", "erpo/frac_all_wrong", "erpo/max_abs_advantage")
+    assert [told["outcome"][name] for name in names] == [1, 0, 1, 0]
+    assert [told["total"][name] for name in names[:3]] == [0, 1, 1]
+    assert told["total"]["erpo/max_abs_advantage"] > 0
+    assert told["total"]["reward"] == told["outcome"]["reward"] == 1.5
+
+
+def test_groups_of_one_outcome_give_way_where_the_outcome_decides(tiny, tmp_path):
+    judge = Judge({"1+1=", "9+9=", "12+12="})
+    settings = {"max_resample_rounds": 20, "outcome_reward": "judge", "dead_group_on": "outcome"}
+    trained, logged = one_step(tiny, tmp_path, [judge, Shaping(())], **settings)
+    assert set(trained) < judge.live
+    assert logged["erpo/frac_dead_groups"] == 0
+
+
 def test_a_bound_below_one_is_refused_by_name(tmp_path):
     with pytest.raises(ValueError, match="max_resample_rounds"):
         ERPOConfig(str(tmp_path), use_cpu=True, dynamic_sampling=True, max_resample_rounds=0)

@@ -46,6 +46,11 @@ def test_where_no_reward_can_differ_the_job_fails_before_its_first_step(tiny, tm
     assert records.by_kind["metrics"] == []
 
 
+def test_where_the_outcome_decides_other_rewards_are_no_spread(tiny, tmp_path):
+    with pytest.raises(RunError, match="nothing can be learnt"):
+        train(tiny, tmp_path, preflight=True, dead_group_on="outcome")
+
+
 def test_it_can_be_left_out(tiny, tmp_path):
     records = train(tiny, tmp_path, max_steps=1, preflight=False, **BOXED_ONLY)
     assert not any(name.startswith("preflight") for name in events(records))

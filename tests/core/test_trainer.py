@@ -154,7 +154,7 @@ def test_each_field_of_the_spec_reaches_the_trainer_under_its_name(tmp_path):
     fields = set(ErpoTrainSpec.model_fields)
     assert fields == set(PASSED_THROUGH) | set(ERPO_ONLY) | DERIVED
     defaults = ERPOConfig(str(tmp_path), use_cpu=True)
-    spec = parse_spec("train", {"model": "m", "dataset": "d"})
+    spec = parse_spec("train", {"model": "m", "dataset": "d", "max_completion_length": 64})
     config = make_config(spec, tmp_path, bf16=False)
     for name in (*PASSED_THROUGH, *ERPO_ONLY):
         assert getattr(config, name) == getattr(spec, name), name
@@ -179,6 +179,14 @@ def test_each_field_of_the_spec_reaches_the_trainer_under_its_name(tmp_path):
         ("top_entropy_quantile", 0.0),
         ("loss_type", "sapo"),
         ("algorithm", "ppo"),
+        ("max_completion_length", None),
+        ("noise_floor_every", 0),
+        ("num_buckets", 0),
+        ("max_skipped_steps", -1),
+        ("trace_groups", 0),
+        ("entropy_ema_decay", 1.0),
+        ("progress_noise_floor", "none"),
+        ("scoring_dtype", "bfloat16"),
     ],
 )
 def test_what_would_undo_erpo_is_refused_by_name(tmp_path, option, value):

@@ -79,6 +79,14 @@ def test_the_same_seed_gives_the_same_answers_and_another_seed_gives_others(ask)
     assert first[2][0] != first[2][1]
 
 
+def test_where_requests_have_seeds_no_two_answers_share_one():
+    engine = object.__new__(VLLMEngine)
+    engine._on_cuda, engine._max_model_len, engine._logps = True, 64, False
+    calls = [engine._call([[1, 2], [1, 2], [3]], 8, 1.0, 1.0, 0, 8, [0], seed) for seed in (7, 8)]
+    seeds = [params.seed + j for call in calls for _, params in call.requests for j in range(8)]
+    assert len(set(seeds)) == 2 * 3 * 8
+
+
 def test_the_generators_of_the_process_are_left_as_they_were(ask):
     before = torch.random.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
     ask()

@@ -1,0 +1,80 @@
+"""What a job has put elsewhere to sample, it takes back: adapters on a vLLM server, and their folders."""
+
+import pytest
+import torch
+from accelerate import Accelerator
+from peft import LoraConfig, get_peft_model
+from test_preflight import BOXED_ONLY
+from test_trainer import train
+from transformers import AutoModelForCausalLM
+
+from erpo_core.errors import RunError
+from erpo_core.trainer.sampling import ServerSampler, TransformersSampler
+from tiny_model import make_tiny_model
+
+PROBE = [5, 6, 7, 8]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return make_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def policy(tiny):
+    model = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
+    return get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
+
+
+class Server:
+    """Serves what it has read."""
+
+    def __init__(self, policy) -> None:
+        self._policy = policy
+        self.held: set[str] = set()
+        self.is_gone = False
+
+    def load_adapter(self, folder, name) -> None:
+        assert (folder / "adapter_model.safetensors").exists()
+        self.held.add(name)
+
+    def use_adapter(self, name) -> None:
+        assert name in self.held
+
+    def unload_adapter(self, name) -> None:
+        if self.is_gone:
+            raise RunError("does not answer", code="engine_unavailable")
+        self.held.discard(name)
+
+    def prompt_logps(self, ids):
+        with torch.no_grad():
+            logps = self._policy(torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
+        return logps.gather(1, torch.tensor(ids[1:])[:, None]).squeeze(1).tolist()
+
+
+def test_a_server_forgets_the_last_adapter_and_its_folder_goes(policy, tmp_path):
+    server, folder = Server(policy), tmp_path / ".vllm-adapters"
+    sampler = ServerSampler(server, folder, Accelerator(cpu=True), PROBE)
+    sampler.close()
+    sampler(policy)
+    (first,) = server.held
+    assert folder.exists()
+    sampler.close()
+    assert server.held == set()
+    assert not folder.exists()
+    sampler(policy)
+    assert len(server.held) == 1
+    assert first not in server.held, "vLLM knows an adapter by its name"
+    server.is_gone = True
+    sampler.close()
+    assert not folder.exists()
+
+
+def test_a_training_gives_back_at_its_end_whatever_the_end_is(tiny, tmp_path, monkeypatch):
+    closed = []
+    monkeypatch.setattr(TransformersSampler, "close", lambda sampler: closed.append(sampler))
+    train(tiny, tmp_path / "whole", max_steps=1)
+    assert len(closed) == 1
+    with pytest.raises(RunError, match="nothing can be learnt"):
+        train(tiny, tmp_path / "failed", preflight=True, **BOXED_ONLY)
+    assert len(closed) == 2
