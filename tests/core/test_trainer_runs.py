@@ -1,5 +1,8 @@
 """Training runs beyond the plain case: epochs, resume, precision, every weight, given adapters, bad numbers."""
 
+import time
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -246,6 +249,19 @@ def test_the_signal_to_noise_ratio_is_over_the_noise_that_was_measured(tiny, tmp
         assert last["erpo/progress_snr"] == last["erpo/progress_std"] / 1e-3
     else:
         assert last["erpo/progress_snr"] is last["erpo/progress_noise"] is None, "nothing was measured"
+
+
+@pytest.mark.parametrize(("device", "seconds"), [("cuda", 3.0), ("cpu", 0.0)])
+def test_a_phase_ends_when_the_gpu_has_done_its_work(tiny, tmp_path, monkeypatch, device, seconds):
+    trainer = make_trainer(tiny, tmp_path)
+    now, queued = [0.0], [2.0]
+    monkeypatch.setattr(trainer, "accelerator", SimpleNamespace(device=torch.device(device)))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: (now.append(now[-1] + sum(queued)), queued.clear()))
+    monkeypatch.setattr(time, "perf_counter", lambda: now[-1])
+    with trainer._timed("forward"):
+        queued.append(3.0)
+    monkeypatch.undo()
+    assert trainer._seconds["forward"] == seconds, "the work queued before is no part of it"
 
 
 def test_an_answer_that_no_function_judged_moves_nothing(tiny, tmp_path):
