@@ -61,7 +61,7 @@ class ERPOTrainer(ShardedWeights, ZeroParts, WholeCheckpoints, SampledAnswers, T
         self.removed_checkpoints: list[int] = []
         self.run_state = RunState()
         self._seconds: defaultdict[str, float] = defaultdict(float)
-        self._totals = Totals()
+        self._totals, self._of_generation = Totals(), Totals()
         self._applied: list[tuple[Tensor, Tensor, Tensor]] = []
         self._entropy_sums = [0.0, 0.0, 0.0]
         self._noise_step = -1
@@ -138,6 +138,7 @@ class ERPOTrainer(ShardedWeights, ZeroParts, WholeCheckpoints, SampledAnswers, T
         if self.accelerator.sync_gradients:
             ranks.sum_gradients(self.accelerator, self._policy)
             self._guard.look()
+            self._totals.merge(self._of_generation.state())
             if self._applied:
                 self._count_applied()
             if self._traces_this_step():

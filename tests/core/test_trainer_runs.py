@@ -92,6 +92,18 @@ def test_checkpoints_are_cut_between_generations_and_rotated(tiny, tmp_path):
     assert len(left) <= 2, "the last, and the best"
 
 
+def test_each_step_tells_of_the_answers_it_is_trained_on(tiny, tmp_path):
+    records = train(tiny, tmp_path, num_iterations=2, max_steps=4, trace_every=0)
+    names = ("reward", "reward_std", "rewards/accuracy", "verdict/wrong", "completions/mean_length")
+    names += ("erpo/frac_dead_groups", "erpo/frac_silent_buckets", "erpo/advantage_sum_residual")
+    told = [[metrics[name] for name in names] for metrics in metrics_of(records)]
+    assert None not in told[0]
+    assert told[0] == told[1] != told[2] == told[3]
+    assert [bool(metrics.get("completions/sampled_tokens")) for metrics in metrics_of(records)] == [True, False] * 2
+    for checkpoint in records.by_kind["checkpoint"]:
+        assert checkpoint.data["reward"] == told[checkpoint.step - 1][0]
+
+
 def test_every_weight_can_be_trained(tiny, tmp_path):
     records = train(tiny, tmp_path, lora=None, max_steps=2, learning_rate=1e-3)
     first, second = metrics_of(records)
