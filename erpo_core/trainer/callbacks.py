@@ -1,5 +1,6 @@
 """From the trainer's callbacks to records: metrics, completions, traces, checkpoints, and the wish to stop."""
 
+import math
 import time
 from collections import deque
 from pathlib import Path
@@ -128,7 +129,9 @@ class RecordCallback(TrainerCallback):
         if not state.is_world_process_zero:
             return
         folder = checkpoint_folder(Path(args.output_dir), state.global_step)
-        data = {name: self.last.get(name) for name in ("reward", "entropy", "kl")}
+        reward = self.trainer.run_state.checkpoint_rewards.get(str(state.global_step), math.nan)
+        data = {name: self.last.get(name) for name in ("entropy", "kl")}
+        data["reward"] = reward if math.isfinite(reward) else None
         self._sink.emit(Checkpoint(state.global_step, str(folder), manifest_files(folder), data))
 
     def _tell_removed(self, step: int, folder: Path) -> None:

@@ -36,6 +36,7 @@ class TokenCredit:
     _policy: Any
     _reference: Reference
     _totals: Totals
+    _of_generation: Totals
     _entropy_sums: list[float]
     _noise_step: int
     _scores_in_float32: bool
@@ -135,11 +136,11 @@ class TokenCredit:
                 ranks.gather_rows(self.accelerator, values) for values in (*columns, mask, rewards, outcomes)
             )
             # Every rank has the same groups: one of them counts.
-            totals = self._totals if self.accelerator.is_main_process else Totals()
+            totals = self._of_generation if self.accelerator.is_main_process else Totals()
             signals = self._signals(*columns, whole, rewards, outcomes, totals)
             signals = ranks.local_signals(self.accelerator, signals, mask)
         else:
-            signals = self._signals(*columns, mask, rewards, outcomes, self._totals)
+            signals = self._signals(*columns, mask, rewards, outcomes, self._of_generation)
         for batch, scores in zip(batches, found, strict=True):
             rows = slice(batch.first_row, batch.first_row + len(batch.rewards))
             own = replace(

@@ -43,6 +43,8 @@ class SampledAnswers:
     _resample_round = 0
     """Above 0 while dead groups are replaced."""
     _totals: Totals
+    _of_generation: Totals
+    """What holds of the answers at hand, counted towards each step that is trained on them."""
     _timed: Callable[[str], AbstractContextManager[None]]
     _autocast_scoring: Callable[[], AbstractContextManager[None]]
 
@@ -113,6 +115,7 @@ class SampledAnswers:
         answers = self._answer(examples)
         if self.args.dynamic_sampling:
             answers = self._replace_dead_groups(answers)
+        self._of_generation = Totals()
         batches = self._micro_batches(answers)
         self.rollout_log = [*self.rollout_log, *batches] if self.keeps_rollouts else batches
         if not self._forms_credit_in_the_loss():
@@ -213,10 +216,10 @@ class SampledAnswers:
 
     def _count_answers(self, answers: list[Answer]) -> None:
         samples = [answer.sample for answer in answers]
-        measures.count_completions(self._totals, samples)
-        measures.count_verdicts(self._totals, [answer.verdict for answer in answers])
+        measures.count_completions(self._of_generation, samples)
+        measures.count_verdicts(self._of_generation, [answer.verdict for answer in answers])
         for name, values in zip(self.reward_func_names, self._per_function(answers).unbind(1), strict=True):
-            self._totals.add_values(f"rewards/{name}", values[~values.isnan()])
+            self._of_generation.add_values(f"rewards/{name}", values[~values.isnan()])
 
     def _per_function(self, answers: list[Answer]) -> Tensor:
         """(B, functions) rewards."""

@@ -9,6 +9,7 @@ import time
 from collections import defaultdict
 from contextlib import ExitStack, contextmanager, nullcontext
 
+import torch
 from accelerate import DistributedType
 from torch import Tensor
 from trl import GRPOTrainer
@@ -61,7 +62,7 @@ class ERPOTrainer(ShardedWeights, ZeroParts, WholeCheckpoints, SampledAnswers, T
         self.rollout_log: list[MicroBatch] = []
         self.run_state = RunState()
         self._seconds: defaultdict[str, float] = defaultdict(float)
-        self._totals = Totals()
+        self._totals, self._of_generation = Totals(), Totals()
         self._applied: list[tuple[Tensor, Tensor, Tensor]] = []
         self._entropy_sums = [0.0, 0.0, 0.0]
         self._noise_step = -1
@@ -133,12 +134,13 @@ class ERPOTrainer(ShardedWeights, ZeroParts, WholeCheckpoints, SampledAnswers, T
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         """One micro-batch. At the end of an optimizer step the ranks' gradients and statistics come together."""
-        before, start = sum(self._seconds.values()), time.perf_counter()
+        before, start = sum(self._seconds.values()), self._clock()
         with ExitStack() as self._until_backward:
             loss = super().training_step(model, inputs, num_items_in_batch)
         if self.accelerator.sync_gradients:
             ranks.sum_gradients(self.accelerator, self._policy)
             self._guard.look()
+            self._totals.merge(self._of_generation.state())
             if self._applied:
                 self._count_applied()
             if self._traces_this_step():
@@ -148,7 +150,7 @@ class ERPOTrainer(ShardedWeights, ZeroParts, WholeCheckpoints, SampledAnswers, T
                 self.run_state.update_entropy(total / count, squares / count, self.args.entropy_ema_decay)
             self._entropy_sums = [0.0, 0.0, 0.0]
         other = sum(self._seconds.values()) - before
-        self._seconds["backward"] += time.perf_counter() - start - other
+        self._seconds["backward"] += self._clock() - start - other
         # The logs show the ranks' mean of what is this rank's share of a sum.
         return loss * self.accelerator.num_processes
 
@@ -222,9 +224,15 @@ class ERPOTrainer(ShardedWeights, ZeroParts, WholeCheckpoints, SampledAnswers, T
 
     @contextmanager
     def _timed(self, phase: str):
-        start = time.perf_counter()
+        start = self._clock()
         yield
-        self._seconds[phase] += time.perf_counter() - start
+        self._seconds[phase] += self._clock() - start
+
+    def _clock(self) -> float:
+        """Seconds. A GPU is waited for: otherwise a phase's time is that of asking, and its work the next one's."""
+        if self.accelerator.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
 
     def _autocast(self, wanted: bool):
         return self.accelerator.autocast() if wanted else nullcontext()

@@ -1,5 +1,8 @@
 """Training runs beyond the plain case: epochs, resume, precision, every weight, given adapters, bad numbers."""
 
+import time
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -87,6 +90,18 @@ def test_checkpoints_are_cut_between_generations_and_rotated(tiny, tmp_path):
     left = {path.name for path in (tmp_path / "checkpoints").iterdir() if path.is_dir()}
     assert "checkpoint-6" in left
     assert len(left) <= 2, "the last, and the best"
+
+
+def test_each_step_tells_of_the_answers_it_is_trained_on(tiny, tmp_path):
+    records = train(tiny, tmp_path, num_iterations=2, max_steps=4, trace_every=0)
+    names = ("reward", "reward_std", "rewards/accuracy", "verdict/wrong", "completions/mean_length")
+    names += ("erpo/frac_dead_groups", "erpo/frac_silent_buckets", "erpo/advantage_sum_residual")
+    told = [[metrics[name] for name in names] for metrics in metrics_of(records)]
+    assert None not in told[0]
+    assert told[0] == told[1] != told[2] == told[3]
+    assert [bool(metrics.get("completions/sampled_tokens")) for metrics in metrics_of(records)] == [True, False] * 2
+    for checkpoint in records.by_kind["checkpoint"]:
+        assert checkpoint.data["reward"] == told[checkpoint.step - 1][0]
 
 
 def test_every_weight_can_be_trained(tiny, tmp_path):
@@ -246,6 +261,19 @@ def test_the_signal_to_noise_ratio_is_over_the_noise_that_was_measured(tiny, tmp
         assert last["erpo/progress_snr"] == last["erpo/progress_std"] / 1e-3
     else:
         assert last["erpo/progress_snr"] is last["erpo/progress_noise"] is None, "nothing was measured"
+
+
+@pytest.mark.parametrize(("device", "seconds"), [("cuda", 3.0), ("cpu", 0.0)])
+def test_a_phase_ends_when_the_gpu_has_done_its_work(tiny, tmp_path, monkeypatch, device, seconds):
+    trainer = make_trainer(tiny, tmp_path)
+    now, queued = [0.0], [2.0]
+    monkeypatch.setattr(trainer, "accelerator", SimpleNamespace(device=torch.device(device)))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: (now.append(now[-1] + sum(queued)), queued.clear()))
+    monkeypatch.setattr(time, "perf_counter", lambda: now[-1])
+    with trainer._timed("forward"):
+        queued.append(3.0)
+    monkeypatch.undo()
+    assert trainer._seconds["forward"] == seconds, "the work queued before is no part of it"
 
 
 def test_an_answer_that_no_function_judged_moves_nothing(tiny, tmp_path):
