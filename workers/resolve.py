@@ -100,9 +100,15 @@ def _checkpoint_folder(session: Session, run_id: str, wanted: str | int) -> Path
 
 
 def damaged_checkpoint(session: Session, claim: Claim) -> int | None:
-    """The step of the checkpoint that a training would resume from, if its files are not as they were written."""
+    """The step of a checkpoint to forget: the files of the one that a training would resume from are not as they were
+    written, or those of an earlier one are gone (an attempt that was killed had removed them and could not say so)."""
     newest = _newest_checkpoint(session, claim)
-    return newest.step if newest is not None and not is_whole(Path(newest.path)) else None
+    if newest is None:
+        return None
+    if not is_whole(Path(newest.path)):
+        return newest.step
+    earlier = runs.list_checkpoints(session, claim.run_id)[:-1]
+    return next((row.step for row in earlier if not Path(row.path).is_dir()), None)
 
 
 def _resume_from(session: Session, claim: Claim) -> Path | None:

@@ -133,7 +133,7 @@ def own_job(s: Session, job_id: str, attempt: int) -> Job:
 
 
 def drop_checkpoint(s: Session, job_id: str, attempt: int, step: int) -> None:
-    """Forget a checkpoint whose files are damaged, and go back to the one before.
+    """Forget a checkpoint whose files are damaged or gone, and go back to the newest of the others.
 
     Raises:
         FencedError: the attempt does not own the job any more.

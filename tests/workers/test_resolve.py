@@ -122,6 +122,20 @@ def test_a_training_goes_back_behind_a_damaged_checkpoint(database, settings):
         assert damaged_checkpoint(session, claim) == 20
 
 
+def test_a_checkpoint_that_a_killed_attempt_had_removed_is_forgotten(database, settings):
+    with database.write() as session:
+        claim = train(session, settings)
+        folders = {row.step: Path(row.path) for row in runs.list_checkpoints(session, claim.run_id)}
+        (folders[30].parent / "new").mkdir()
+        publish(folders[30].parent / "new", folders[30], 30)
+        assert damaged_checkpoint(session, claim) is None
+        folders[10].rmdir()
+        assert damaged_checkpoint(session, claim) == 10
+        claims.drop_checkpoint(session, claim.job_id, 1, 10)
+        assert damaged_checkpoint(session, claim) is None
+        assert [row.step for row in runs.list_checkpoints(session, claim.run_id)] == [20, 30]
+
+
 def test_an_evaluation_is_told_which_answers_are_stored(database, settings):
     with database.write() as session:
         create_job(session, kind="evaluate", spec={"model": "tiny"}, options={})

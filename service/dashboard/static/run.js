@@ -115,6 +115,7 @@ function listen() {
     "trace.batch": refreshTraces,
     "checkpoint.created": on(refreshCheckpoints),
     "checkpoint.removed": on(refreshCheckpoints),
+    "checkpoint.damaged": on(refreshCheckpoints),
     "run.rewound": on(() => { refreshCharts(); refreshCompletions(); refreshTraces(); }),
     warning: on(),
   }, () => {
