@@ -155,8 +155,7 @@ def make_config(spec: GrpoTrainSpec, output_dir: Path, *, bf16: bool) -> ERPOCon
     if isinstance(spec, ErpoTrainSpec):
         values |= {name: getattr(spec, name) for name in ERPO_ONLY}
     share = spec.generation_batch_size // max(1, spec.hardware.num_gpus)
-    # On a GPU micro-batches bound the memory; on a CPU one micro-batch wastes the least time.
-    size = rows_of_micro_batch(spec) if torch.cuda.is_available() else share
+    size = rows_of_micro_batch(spec, on_cuda=torch.cuda.is_available())
     return ERPOConfig(
         output_dir=str(output_dir),
         per_device_train_batch_size=size,

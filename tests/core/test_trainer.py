@@ -18,6 +18,7 @@ from erpo_core.trainer import callbacks
 from erpo_core.trainer.config import ERPOConfig
 from erpo_core.trainer.run import ERPO_ONLY, PASSED_THROUGH, make_config, run_training
 from erpo_core.trainer.scoring import pad_rollouts, score_rollouts
+from erpo_core.trainer.sft import make_sft_config
 from tiny_model import make_tiny_model
 
 DATASET = "reasoning-gym:chain_sum?min_terms=2&max_terms=2&min_digits=1&max_digits=1&size=16&seed=3"
@@ -167,6 +168,16 @@ def test_each_field_of_the_spec_reaches_the_trainer_under_its_name(tmp_path):
         ):
             assert getattr(defaults, name) == getattr(spec, name), name
     assert set(GrpoTrainSpec.model_fields) >= set(PASSED_THROUGH)
+
+
+@pytest.mark.parametrize("algorithm", ["grpo", "sft"])
+def test_on_a_cpu_many_long_answers_are_scored_a_part_at_a_time(tmp_path, monkeypatch, algorithm):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    sizes = {"grpo": {"generation_batch_size": 512, "max_completion_length": 4000}, "sft": {"train_batch_size": 512}}
+    body = {"model": "m", "dataset": "d", "algorithm": algorithm, "max_length": 4096}
+    spec = parse_spec("train", body | sizes[algorithm])
+    config = {"grpo": make_config, "sft": make_sft_config}[algorithm](spec, tmp_path, bf16=False)
+    assert (config.per_device_train_batch_size, config.gradient_accumulation_steps) == (16, 32)
 
 
 @pytest.mark.parametrize(
