@@ -73,6 +73,8 @@ PASSED_THROUGH = (
 """Fields that mean the same in TrainSpec and ERPOConfig."""
 ERPO_ONLY = tuple(sorted(set(ErpoTrainSpec.model_fields) - set(GrpoTrainSpec.model_fields)))
 """Fields of the algorithm ERPO alone; they pass through as well."""
+MOST_CHECKERS = 4
+"""Processes that check answers: each holds 55 MB, and starts only where the others are busy."""
 
 
 @leaves_early
@@ -95,7 +97,7 @@ def run_training(spec: GrpoTrainSpec, inputs: JobInputs, sink: Sink, stop: Stop)
     report_dropped(sink, dropped, len(problems), "are too long")
     spec = with_completion_length(spec, dataset)
     args = make_config(spec, inputs.work_dir / "checkpoints", bf16=wants_bf16(spec))
-    with Verifier() as verifier, ExitStack() as at_the_end:
+    with Verifier(processes=min(MOST_CHECKERS, os.cpu_count() or 1)) as verifier, ExitStack() as at_the_end:
         functions = reward_functions(spec.rewards, verifier)
         origin = {name: info[name] for name in ("model_digest", "adapter_digest", "tokenizer_digest", "dtype")}
         records = RecordCallback(sink, stop, origin | {"head_dtype": "float32"})

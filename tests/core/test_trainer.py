@@ -10,11 +10,12 @@ import torch
 from erpo_core import packing
 from erpo_core.checkpoints import is_whole
 from erpo_core.codec import decode_trace
+from erpo_core.errors import RunError
 from erpo_core.job import JobInputs, ModelInput
 from erpo_core.loss import erpo_loss, response_weights
 from erpo_core.specs import parse_spec
 from erpo_core.specs.train import ErpoTrainSpec, GrpoTrainSpec
-from erpo_core.trainer import callbacks
+from erpo_core.trainer import callbacks, run
 from erpo_core.trainer.config import ERPOConfig
 from erpo_core.trainer.run import ERPO_ONLY, PASSED_THROUGH, make_config, run_training
 from erpo_core.trainer.scoring import pad_rollouts, score_rollouts
@@ -252,6 +253,16 @@ def train(tiny, work_dir, *, stop_after=None, resume_from=None, records=None, **
     torch.manual_seed(0)
     run_training(parse_spec("train", body | changes), inputs, records, records)
     return records
+
+
+def test_answers_that_hang_are_waited_for_side_by_side(tiny, tmp_path, monkeypatch):
+    def verifier(*, processes):
+        raise RunError(f"{processes} processes")
+
+    monkeypatch.setattr(run, "Verifier", verifier)
+    monkeypatch.setattr(run.os, "cpu_count", lambda: 64)
+    with pytest.raises(RunError, match="4 processes"):
+        train(tiny, tmp_path)
 
 
 def test_a_run_reports_metrics_completions_traces_and_checkpoints(tiny, tmp_path):
