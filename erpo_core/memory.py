@@ -17,6 +17,10 @@ SMALL_MODEL = 500_000_000
 _SIZE_IN_NAME = re.compile(r"(?<![\w.])(\d+(?:\.\d+)?)([BM])(?![A-Za-z0-9])", re.IGNORECASE)
 MICRO_BATCH_TOKENS = 2**13
 """Sampled tokens up to which groups share a micro-batch on CUDA: shorter ones wait for launches."""
+CPU_MICRO_BATCH_TOKENS = 2**16
+"""Tokens of a micro-batch at most on a CPU: where it fits, one for the whole share wastes the least time."""
+_SOLUTIONS = 4
+"""Of a micro-batch on CUDA, at most."""
 _GRADIENT_AND_ADAM_BYTES = 12
 _ZERO_COPY_BYTES = 4
 """DeepSpeed's own copy of what is trained, in parts."""
@@ -75,15 +79,55 @@ def count_parameters(folder: Path) -> int:
 
 
 def training_memory(spec: BaseTrainSpec, size: ModelSize) -> dict[str, int | None]:
-    """Bytes on one CUDA device; on a CPU, where everything is float32, weights, cache and activations take up to twice.
+    """Bytes on one CUDA device, and in sum on a CPU, where everything is float32 and micro-batches are larger.
 
     Returns:
         ``num_parameters``; ``weights_bytes``, a frozen reference included: the policy's are whole to sample from,
         however they are sharded, and adapters where the model's shape is known; ``optimizer_bytes``, gradients and
-        Adam's moments; ``kv_cache_bytes``; ``activation_bytes``; ``memory_bytes``, their sum. What depends on a shape
-        that is not known is None, and so is the sum.
+        Adam's moments; ``kv_cache_bytes``; ``activation_bytes``; ``memory_bytes``, their sum; ``cpu_memory_bytes``, that
+        of a process on a CPU, where it can run there. What depends on a shape that is not known is None, and so are the
+        sums.
     """
-    in_bf16 = _computes_in_bf16(spec, size)
+    parts = _parts(spec, size, on_cuda=True)
+    on_a_cpu = None if spec.load_in_4bit else _sum(_parts(spec, size, on_cuda=False))
+    return {
+        "num_parameters": size.num_parameters,
+        **parts,
+        "memory_bytes": _sum(parts),
+        "cpu_memory_bytes": on_a_cpu,
+    }
+
+
+def rows_of_micro_batch(spec: BaseTrainSpec, *, on_cuda: bool) -> int:
+    """Sequences that one device scores at a time.
+
+    Answers: whole groups where they fit, and never less on CUDA, since a group that is cut is scored once more.
+    """
+    devices = max(1, spec.hardware.num_gpus)
+    if not isinstance(spec, GrpoTrainSpec):
+        most = _SOLUTIONS if on_cuda else CPU_MICRO_BATCH_TOKENS // spec.max_length
+        return _largest_part(spec.train_batch_size // devices, most)
+    share = spec.generation_batch_size // devices
+    group = math.gcd(spec.num_generations, share)
+    length = spec.max_completion_length or spec.max_length
+    most = (MICRO_BATCH_TOKENS if on_cuda else CPU_MICRO_BATCH_TOKENS) // length
+    if on_cuda or group <= most:
+        return group * _largest_part(share // group, most // group)
+    return _largest_part(share, most)
+
+
+def _largest_part(whole: int, most: int) -> int:
+    """The largest number up to ``most`` that divides ``whole``; 1 at least."""
+    return max(n for n in range(1, max(1, min(whole, most)) + 1) if whole % n == 0)
+
+
+def _sum(parts: dict[str, int | None]) -> int | None:
+    known = [part for part in parts.values() if part is not None]
+    return sum(known) if len(known) == len(parts) else None
+
+
+def _parts(spec: BaseTrainSpec, size: ModelSize, *, on_cuda: bool) -> dict[str, int | None]:
+    in_bf16 = on_cuda and _computes_in_bf16(spec, size)
     width = 2 if in_bf16 and spec.lora is not None else 4
     if spec.load_in_4bit:
         width = _BYTES_IN_4BIT
@@ -95,22 +139,12 @@ def training_memory(spec: BaseTrainSpec, size: ModelSize) -> dict[str, int | Non
     adapters = None if shape is None or spec.lora is None else _adapter_parameters(spec.lora, shape)
     trained = size.num_parameters if spec.lora is None else adapters
     owners = devices if spec.hardware.is_sharded else 1
-    parts = {
+    return {
         "weights_bytes": round(size.num_parameters * width * copies) + 4 * (adapters or 0),
         "optimizer_bytes": None if trained is None else trained * _optimizer_bytes(spec) // owners,
         "kv_cache_bytes": None if shape is None else _cache_bytes(spec, shape, in_bf16) // devices,
-        "activation_bytes": None if shape is None else _activation_bytes(spec, shape, in_bf16),
+        "activation_bytes": None if shape is None else _activation_bytes(spec, shape, in_bf16, on_cuda),
     }
-    total = None if None in parts.values() else sum(parts.values())
-    return {"num_parameters": size.num_parameters, **parts, "memory_bytes": total}
-
-
-def rows_of_micro_batch(spec: GrpoTrainSpec) -> int:
-    """Responses that a CUDA device scores at a time: a group, or several where answers are short."""
-    share = spec.generation_batch_size // max(1, spec.hardware.num_gpus)
-    rows = math.gcd(spec.num_generations, share)
-    fitting = MICRO_BATCH_TOKENS // (rows * (spec.max_completion_length or spec.max_length))
-    return rows * max(n for n in range(1, share // rows + 1) if n == 1 or ((share // rows) % n == 0 and n <= fitting))
 
 
 def _optimizer_bytes(spec: BaseTrainSpec) -> int:
@@ -140,14 +174,14 @@ def _cache_bytes(spec: BaseTrainSpec, shape: ModelShape, in_bf16: bool) -> int:
     return tokens * 2 * shape.num_layers * shape.kv_size * (2 if in_bf16 else 4)
 
 
-def _activation_bytes(spec: BaseTrainSpec, shape: ModelShape, in_bf16: bool) -> int:
-    """Of one micro-batch: some groups of answers, a prompt with each, or four solutions."""
+def _activation_bytes(spec: BaseTrainSpec, shape: ModelShape, in_bf16: bool, on_cuda: bool) -> int:
+    """Of one micro-batch: answers, and a prompt with each group of them, or solutions."""
+    rows = rows_of_micro_batch(spec, on_cuda=on_cuda)
     if isinstance(spec, GrpoTrainSpec):
-        rows = rows_of_micro_batch(spec)
         tokens = rows * (spec.max_completion_length or spec.max_length)
         tokens += math.ceil(rows / spec.num_generations) * spec.prompt_room
     else:
-        tokens = min(4, spec.train_batch_size) * spec.max_length
+        tokens = rows * spec.max_length
     width = 1 if in_bf16 else 2
     layer = tokens * shape.hidden_size * width
     if spec.gradient_checkpointing:

@@ -73,6 +73,8 @@ PASSED_THROUGH = (
 """Fields that mean the same in TrainSpec and ERPOConfig."""
 ERPO_ONLY = tuple(sorted(set(ErpoTrainSpec.model_fields) - set(GrpoTrainSpec.model_fields)))
 """Fields of the algorithm ERPO alone; they pass through as well."""
+MOST_CHECKERS = 4
+"""Processes that check answers: each holds 55 MB, and starts only where the others are busy."""
 
 
 @leaves_early
@@ -94,7 +96,7 @@ def run_training(spec: GrpoTrainSpec, inputs: JobInputs, sink: Sink, stop: Stop)
     report_dropped(sink, dropped, len(problems), "are too long")
     spec = with_completion_length(spec, dataset)
     args = make_config(spec, inputs.work_dir / "checkpoints", bf16=wants_bf16(spec))
-    with Verifier() as verifier, ExitStack() as at_the_end:
+    with Verifier(processes=min(MOST_CHECKERS, os.cpu_count() or 1)) as verifier, ExitStack() as at_the_end:
         functions = reward_functions(spec.rewards, verifier)
         origin = {name: info[name] for name in ("model_digest", "adapter_digest", "tokenizer_digest", "dtype")}
         records = RecordCallback(sink, stop, origin | {"head_dtype": "float32"})
@@ -153,8 +155,7 @@ def make_config(spec: GrpoTrainSpec, output_dir: Path, *, bf16: bool) -> ERPOCon
     if isinstance(spec, ErpoTrainSpec):
         values |= {name: getattr(spec, name) for name in ERPO_ONLY}
     share = spec.generation_batch_size // max(1, spec.hardware.num_gpus)
-    # On a GPU micro-batches bound the memory; on a CPU one micro-batch wastes the least time.
-    size = rows_of_micro_batch(spec) if torch.cuda.is_available() else share
+    size = rows_of_micro_batch(spec, on_cuda=torch.cuda.is_available())
     return ERPOConfig(
         output_dir=str(output_dir),
         per_device_train_batch_size=size,

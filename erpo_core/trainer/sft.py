@@ -11,6 +11,7 @@ from trl import SFTConfig, SFTTrainer
 
 from erpo_core.generation.base import Sample, Watch
 from erpo_core.job import JobInputs, Stop, leaves_early
+from erpo_core.memory import rows_of_micro_batch
 from erpo_core.models import load_policy, prepare_model, widen_adapters
 from erpo_core.prompts import stop_token_ids
 from erpo_core.records import Progress, Sink
@@ -45,7 +46,6 @@ PASSED_THROUGH = (
     "weight_decay",
 )
 """Fields that mean the same in SftTrainSpec and SolutionConfig."""
-_GPU_MICRO_BATCH = 4
 
 
 @dataclass
@@ -171,7 +171,7 @@ def make_sft_config(spec: SftTrainSpec, output_dir: Path, *, bf16: bool) -> Solu
     """The trainer's configuration of a specification; per-device sizes are derived."""
     on_gpu = torch.cuda.is_available()
     share = spec.train_batch_size // max(1, spec.hardware.num_gpus)
-    size = next(n for n in range(_GPU_MICRO_BATCH, 0, -1) if share % n == 0) if on_gpu else share
+    size = rows_of_micro_batch(spec, on_cuda=on_gpu)
     return SolutionConfig(
         output_dir=str(output_dir),
         per_device_train_batch_size=size,

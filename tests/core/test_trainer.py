@@ -10,14 +10,16 @@ import torch
 from erpo_core import packing
 from erpo_core.checkpoints import is_whole
 from erpo_core.codec import decode_trace
+from erpo_core.errors import RunError
 from erpo_core.job import JobInputs, ModelInput
 from erpo_core.loss import erpo_loss, response_weights
 from erpo_core.specs import parse_spec
 from erpo_core.specs.train import ErpoTrainSpec, GrpoTrainSpec
-from erpo_core.trainer import callbacks
+from erpo_core.trainer import callbacks, run
 from erpo_core.trainer.config import ERPOConfig
 from erpo_core.trainer.run import ERPO_ONLY, PASSED_THROUGH, make_config, run_training
 from erpo_core.trainer.scoring import pad_rollouts, score_rollouts
+from erpo_core.trainer.sft import make_sft_config
 from tiny_model import make_tiny_model
 
 DATASET = "reasoning-gym:chain_sum?min_terms=2&max_terms=2&min_digits=1&max_digits=1&size=16&seed=3"
@@ -169,6 +171,16 @@ def test_each_field_of_the_spec_reaches_the_trainer_under_its_name(tmp_path):
     assert set(GrpoTrainSpec.model_fields) >= set(PASSED_THROUGH)
 
 
+@pytest.mark.parametrize("algorithm", ["grpo", "sft"])
+def test_on_a_cpu_many_long_answers_are_scored_a_part_at_a_time(tmp_path, monkeypatch, algorithm):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    sizes = {"grpo": {"generation_batch_size": 512, "max_completion_length": 4000}, "sft": {"train_batch_size": 512}}
+    body = {"model": "m", "dataset": "d", "algorithm": algorithm, "max_length": 4096}
+    spec = parse_spec("train", body | sizes[algorithm])
+    config = {"grpo": make_config, "sft": make_sft_config}[algorithm](spec, tmp_path, bf16=False)
+    assert (config.per_device_train_batch_size, config.gradient_accumulation_steps) == (16, 32)
+
+
 @pytest.mark.parametrize(
     ("option", "value"),
     [
@@ -241,6 +253,16 @@ def train(tiny, work_dir, *, stop_after=None, resume_from=None, records=None, **
     torch.manual_seed(0)
     run_training(parse_spec("train", body | changes), inputs, records, records)
     return records
+
+
+def test_answers_that_hang_are_waited_for_side_by_side(tiny, tmp_path, monkeypatch):
+    def verifier(*, processes):
+        raise RunError(f"{processes} processes")
+
+    monkeypatch.setattr(run, "Verifier", verifier)
+    monkeypatch.setattr(run.os, "cpu_count", lambda: 64)
+    with pytest.raises(RunError, match="4 processes"):
+        train(tiny, tmp_path)
 
 
 def test_a_run_reports_metrics_completions_traces_and_checkpoints(tiny, tmp_path):

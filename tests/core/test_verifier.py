@@ -99,6 +99,13 @@ def test_a_killed_process_is_a_crash_and_another_takes_over():
         assert verifier.check("3x+1", boxed("1+3x")) is Verdict.RIGHT
 
 
+def test_a_process_starts_only_where_the_others_are_busy():
+    with Verifier(deadline=60, processes=4) as verifier:
+        assert [server._process for server in verifier._servers] == [None] * 4
+        verifier.check("2x+1", boxed("1+2x"))
+        assert [server._process is None for server in verifier._servers] == [False, True, True, True]
+
+
 def test_closing_ends_the_processes():
     verifier = Verifier(deadline=60)
     verifier.check("2x+1", boxed("1+2x"))

@@ -181,4 +181,33 @@ def test_a_run_takes_the_steps_that_were_estimated(tiny, tmp_path, algorithm):
     ],
 )
 def test_short_answers_share_a_micro_batch(changes, rows):
-    assert rows_of_micro_batch(train_spec(num_generations=8, **changes)) == rows
+    assert rows_of_micro_batch(train_spec(num_generations=8, **changes), on_cuda=True) == rows
+
+
+@pytest.mark.parametrize(
+    ("changes", "rows"),
+    [
+        pytest.param({}, 16, id="the paper's setting: one micro-batch"),
+        pytest.param({"generation_batch_size": 512, "max_completion_length": 128}, 512, id="short answers"),
+        pytest.param({"generation_batch_size": 512, "max_length": 4096, "max_completion_length": 3000}, 16, id="long"),
+        pytest.param({"generation_batch_size": 24, "max_length": 3000}, 8, id="whole groups that divide the share"),
+        pytest.param({"num_generations": 64, "generation_batch_size": 64, "max_length": 4096}, 16, id="cut groups"),
+        pytest.param({"max_length": 131_072}, 1, id="one answer that is longer than the bound"),
+        pytest.param({"generation_batch_size": 64, "hardware": {"num_gpus": 4, "strategy": "ddp"}}, 16, id="ranks"),
+        pytest.param({"algorithm": "sft"}, 16, id="solutions"),
+        pytest.param({"algorithm": "sft", "train_batch_size": 512}, 32, id="many solutions"),
+    ],
+)
+def test_on_a_cpu_a_micro_batch_is_the_share_as_far_as_its_tokens_are_bounded(changes, rows):
+    assert rows_of_micro_batch(train_spec(**changes), on_cuda=False) == rows
+
+
+def test_on_a_cpu_memory_grows_with_the_micro_batch_and_no_further(tiny):
+    size = model_size(str(tiny), [tiny.parent])
+    found = [
+        training_memory(train_spec(generation_batch_size=answers, max_length=4096), size) for answers in (8, 16, 512)
+    ]
+    activations = [one["cpu_memory_bytes"] - one["kv_cache_bytes"] for one in found]
+    assert found[0]["cpu_memory_bytes"] >= found[0]["memory_bytes"]
+    assert activations[0] < activations[1] == activations[2]
+    assert training_memory(train_spec(load_in_4bit=True), size)["cpu_memory_bytes"] is None
