@@ -10,6 +10,7 @@ import torch
 from erpo_core import packing
 from erpo_core.checkpoints import is_whole
 from erpo_core.codec import decode_trace
+from erpo_core.errors import RunError
 from erpo_core.job import JobInputs, ModelInput
 from erpo_core.loss import erpo_loss, response_weights
 from erpo_core.specs import parse_spec
@@ -346,10 +347,14 @@ def test_a_checkpoint_loads_with_plain_peft(tiny, tmp_path):
 
 
 def test_a_damaged_checkpoint_is_refused(tiny, tmp_path):
-    train(tiny, tmp_path, max_steps=2)
-    folder = tmp_path / "checkpoints" / "checkpoint-2"
+    train(tiny, tmp_path / "part", max_steps=2)
+    folder = tmp_path / "part" / "checkpoints" / "checkpoint-2"
+    assert json.loads((folder / "manifest.json").read_text())["step"] == 2
     weights = folder / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
     assert not is_whole(folder)
-    manifest = json.loads((folder / "manifest.json").read_text())
-    assert manifest["step"] == 2
+    records = Records()
+    with pytest.raises(RunError) as caught:
+        train(tiny, tmp_path / "rest", resume_from=folder, records=records)
+    assert caught.value.code == "checkpoint_damaged"
+    assert records.by_kind["metrics"] == []
