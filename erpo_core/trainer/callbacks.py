@@ -19,6 +19,8 @@ from erpo_core.trainer.traces import trace_records
 _IGNORED_METRICS = {"epoch", "step", "total_flos", "train_loss", "train_runtime", "step_time"}
 _SUMMARY_STEPS = 10
 _TELL_SECONDS = 5.0
+_SILENT_SHARE, _SILENT_STEPS = 0.9, 20
+"""erpo-spec section 4: with more silent buckets for that many steps ERPO runs as GRPO."""
 
 
 class RecordCallback(TrainerCallback):
@@ -35,6 +37,8 @@ class RecordCallback(TrainerCallback):
         """Did somebody ask the training to leave before its end?"""
         self._recent: deque[dict[str, float]] = deque(maxlen=_SUMMARY_STEPS)
         self._skipped = 0
+        self._silent = 0
+        """Steps in a row whose progress was silent."""
         self._sink, self._stop, self._origin = sink, stop, origin
         self._started = time.monotonic()
         self._step_started = self._started
@@ -117,6 +121,7 @@ class RecordCallback(TrainerCallback):
             for record in trace_records(trace, self.trainer, self._origin):
                 self._sink.emit(record)
         self._report_skipped(state)
+        self._report_silent(args, state, metrics)
         self._growing = [0, 0]
         self._tell(state, self._progress(state, metrics))
 
@@ -144,6 +149,16 @@ class RecordCallback(TrainerCallback):
             self._skipped = skipped
             message = f"step {state.global_step}: the gradient was not finite, no update"
             self._sink.emit(Event("step.skipped", message, "warn", {"step": state.global_step, "skipped": skipped}))
+
+    def _report_silent(self, args, state, metrics: dict[str, float]) -> None:
+        share = metrics.get("erpo/frac_silent_buckets") if getattr(args, "algorithm", None) == "erpo" else None
+        self._silent = self._silent + 1 if share is not None and share > _SILENT_SHARE else 0
+        if self._silent == _SILENT_STEPS:
+            message = (
+                f"step {state.global_step}: for {_SILENT_STEPS} steps the progress of more than {_SILENT_SHARE:.0%} of "
+                "the buckets was no more than noise; ERPO is running as GRPO"
+            )
+            self._sink.emit(Event("erpo.silent", message, "warn", {"step": state.global_step, "share": share}))
 
     def _progress(self, state, metrics: dict[str, float]) -> dict[str, Any]:
         done = max(1, state.global_step - self.first_step)

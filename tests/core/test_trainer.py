@@ -376,10 +376,14 @@ def test_a_checkpoint_loads_with_plain_peft(tiny, tmp_path):
 
 
 def test_a_damaged_checkpoint_is_refused(tiny, tmp_path):
-    train(tiny, tmp_path, max_steps=2)
-    folder = tmp_path / "checkpoints" / "checkpoint-2"
+    train(tiny, tmp_path / "part", max_steps=2)
+    folder = tmp_path / "part" / "checkpoints" / "checkpoint-2"
+    assert json.loads((folder / "manifest.json").read_text())["step"] == 2
     weights = folder / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
     assert not is_whole(folder)
-    manifest = json.loads((folder / "manifest.json").read_text())
-    assert manifest["step"] == 2
+    records = Records()
+    with pytest.raises(RunError) as caught:
+        train(tiny, tmp_path / "rest", resume_from=folder, records=records)
+    assert caught.value.code == "checkpoint_damaged"
+    assert records.by_kind["metrics"] == []

@@ -150,6 +150,38 @@ def test_autocast_does_not_reach_the_head(tiny):
     assert (scores.logps != scores.logps.bfloat16().float()).any()
 
 
+def move_a_frozen_weight(model) -> None:
+    frozen = next(p for p in model.parameters() if not p.requires_grad)
+    frozen.data.view(-1)[0] += 0.5
+
+
+@pytest.mark.parametrize("peft", [True, False])
+def test_a_reference_whose_weights_changed_ends_the_run(tiny, tmp_path, peft):
+    trainer = make_trainer(tiny, tmp_path, peft=peft, max_steps=2, save_strategy="steps", save_steps=2)
+    compute = trainer._compute_loss
+
+    def meddle(*given):
+        if trainer.state.global_step == 1:
+            move_a_frozen_weight(trainer.model if peft else trainer._reference._frozen)
+        return compute(*given)
+
+    trainer._compute_loss = meddle
+    with pytest.raises(RunError) as caught:
+        trainer.train()
+    assert caught.value.code == "base_weights_changed"
+    assert not (tmp_path / "checkpoint-2").exists()
+
+
+def test_a_run_does_not_go_on_from_another_base(tiny, tmp_path):
+    make_trainer(tiny, tmp_path, save_strategy="steps", save_steps=1, max_steps=1).train()
+    trainer = make_trainer(tiny, tmp_path, max_steps=2)
+    move_a_frozen_weight(trainer.model)
+    with pytest.raises(RunError) as caught:
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert caught.value.code == "base_weights_changed"
+    assert trainer.state.global_step <= 1
+
+
 @pytest.mark.parametrize("beta", [0.0, 0.04])
 def test_the_reference_of_a_given_adapter_is_the_adapter_it_started_from(tiny, tmp_path, beta):
     torch.manual_seed(3)
