@@ -84,9 +84,9 @@ def training_memory(spec: BaseTrainSpec, size: ModelSize) -> dict[str, int | Non
     Returns:
         ``num_parameters``; ``weights_bytes``, a frozen reference included: the policy's are whole to sample from,
         however they are sharded, and adapters where the model's shape is known; ``optimizer_bytes``, gradients and
-        Adam's moments; ``kv_cache_bytes``; ``activation_bytes``; ``memory_bytes``, their sum; ``cpu_memory_bytes``, that
-        of a process on a CPU, where it can run there. What depends on a shape that is not known is None, and so are the
-        sums.
+        Adam's moments; ``kv_cache_bytes``; ``activation_bytes``; ``memory_bytes``, their sum; ``cpu_memory_bytes``,
+        that of a process on a CPU, where it can run there. What depends on a shape that is not known is None, and so
+        are the sums.
     """
     parts = _parts(spec, size, on_cuda=True)
     on_a_cpu = None if spec.load_in_4bit else _sum(_parts(spec, size, on_cuda=False))
