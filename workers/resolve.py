@@ -101,14 +101,15 @@ def _checkpoint_folder(session: Session, run_id: str, wanted: str | int) -> Path
 
 def damaged_checkpoint(session: Session, claim: Claim) -> int | None:
     """The step of a checkpoint to forget: the files of the one that a training would resume from are not as they were
-    written, or those of an earlier one are gone (an attempt that was killed had removed them and could not say so)."""
+    written, or those of an earlier one are gone (an attempt that was killed had removed them and could not say so).
+    Where all of an attempt's files are gone, a disk is missing and nothing is forgotten."""
     newest = _newest_checkpoint(session, claim)
-    if newest is None:
+    if newest is None or not Path(newest.path).parent.is_dir():
         return None
     if not is_whole(Path(newest.path)):
         return newest.step
     earlier = runs.list_checkpoints(session, claim.run_id)[:-1]
-    return next((row.step for row in earlier if not Path(row.path).is_dir()), None)
+    return next((row.step for row in earlier if Path(row.path).parent.is_dir() and not Path(row.path).is_dir()), None)
 
 
 def _resume_from(session: Session, claim: Claim) -> Path | None:
@@ -124,7 +125,9 @@ def _newest_checkpoint(session: Session, claim: Claim) -> Checkpoint | None:
 
 def _existing(folder: Path) -> Path:
     if not folder.is_dir():
-        raise UnknownReferenceError(f"the files of the checkpoint {folder} are gone", code="checkpoint_missing")
+        raise UnknownReferenceError(
+            f"the files of the checkpoint {folder} are gone", code="checkpoint_missing", mend="mount what holds them"
+        )
     return folder
 
 

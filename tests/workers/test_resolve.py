@@ -136,6 +136,18 @@ def test_a_checkpoint_that_a_killed_attempt_had_removed_is_forgotten(database, s
         assert [row.step for row in runs.list_checkpoints(session, claim.run_id)] == [20, 30]
 
 
+def test_where_a_disk_is_missing_no_checkpoint_is_forgotten(database, settings):
+    with database.write() as session:
+        claim = train(session, settings)
+        newest = runs.find_checkpoint(session, claim.run_id, "last")
+        Path(newest.path).parent.rename(settings.artifacts_dir / "elsewhere")
+        assert damaged_checkpoint(session, claim) is None
+        with pytest.raises(UnknownReferenceError, match="gone") as caught:
+            resolve_inputs(session, claim, settings)
+        assert caught.value.code == "checkpoint_missing"
+        assert len(runs.list_checkpoints(session, claim.run_id)) == 3
+
+
 def test_an_evaluation_is_told_which_answers_are_stored(database, settings):
     with database.write() as session:
         create_job(session, kind="evaluate", spec={"model": "tiny"}, options={})
