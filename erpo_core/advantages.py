@@ -77,6 +77,8 @@ def erpo_advantages(
     _check_shapes(entropies, logps, ref_logps, mask, rewards, num_generations, num_buckets)
     dtype = torch.promote_types(torch.float32, torch.promote_types(entropies.dtype, logps.dtype))
     groups, tokens = rewards.shape[0] // num_generations, mask.shape[1]
+    if not mask.numel():
+        return _no_signals(rewards.to(dtype), mask)
     rewards_NG = rewards.to(dtype).reshape(groups, num_generations)
     scored_NG = ~rewards_NG.isnan()
     active_NGT = mask.bool().reshape(groups, num_generations, tokens) & scored_NG[:, :, None]
@@ -119,6 +121,13 @@ def erpo_advantages(
         advantages=back(final_NL),
         buckets=back(buckets_NL),
     )
+
+
+def _no_signals(rewards: Tensor, mask: Tensor) -> ERPOSignals:
+    """Of responses without any token."""
+    zeros = torch.zeros(mask.shape, dtype=rewards.dtype, device=mask.device)
+    tokens = ("gates", "progress", "normalized_progress", "psi", "advantages")
+    return ERPOSignals(group_advantages=torch.zeros_like(rewards), buckets=zeros.long(), **dict.fromkeys(tokens, zeros))
 
 
 def _group_advantages(rewards_NG: Tensor, scored_NG: Tensor) -> Tensor:

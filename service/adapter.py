@@ -2,7 +2,7 @@
 
 from erpo_core.errors import SpecError
 from erpo_core.specs.common import LoraSpec
-from erpo_core.specs.train import BaseTrainSpec
+from erpo_core.specs.train import BaseTrainSpec, GrpoTrainSpec
 from service.db.models import Run
 
 
@@ -16,6 +16,8 @@ def with_adapter_of(spec: BaseTrainSpec, parent: Run) -> BaseTrainSpec:
     if stored is None:
         return spec  # the run's checkpoints are whole models
     lora = LoraSpec.model_validate(stored)
+    if isinstance(spec, GrpoTrainSpec):
+        lora = lora.model_copy(update={"lora_dropout": 0.0})  # scored without, whatever sft has trained it with
     if "lora" not in spec.model_fields_set:
         return spec.model_copy(update={"lora": lora})
     if spec.lora != lora:

@@ -86,6 +86,11 @@ class Attempt:
         with self._write() as session:
             claims.drop_checkpoint(session, self.claim.job_id, self.claim.attempt, step)
 
+    def remove_checkpoint(self, step: int) -> None:
+        """Forget a checkpoint that makes room; its files are to be deleted afterwards."""
+        with self._write() as session:
+            claims.remove_checkpoint(session, self.claim.job_id, self.claim.attempt, step)
+
     def append_log(self, data: bytes) -> None:
         """Store a piece of the log; what is beyond the job's bound is dropped."""
         try:

@@ -2,6 +2,7 @@
 
 from base64 import b64encode
 from dataclasses import replace
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -99,17 +100,34 @@ def _checkpoint_folder(session: Session, run_id: str, wanted: str | int) -> Path
     return _existing(Path(found.path))
 
 
-def damaged_checkpoint(session: Session, claim: Claim) -> int | None:
-    """The step of a checkpoint to forget: the files of the one that a training would resume from are not as they were
-    written, or those of an earlier one are gone (an attempt that was killed had removed them and could not say so).
-    Where all of an attempt's files are gone, a disk is missing and nothing is forgotten."""
-    newest = _newest_checkpoint(session, claim)
-    if newest is None or not Path(newest.path).parent.is_dir():
-        return None
-    if not is_whole(Path(newest.path)):
-        return newest.step
-    earlier = runs.list_checkpoints(session, claim.run_id)[:-1]
-    return next((row.step for row in earlier if Path(row.path).parent.is_dir() and not Path(row.path).is_dir()), None)
+def checkpoint_folders(session: Session, claim: Claim) -> dict[int, Path]:
+    """{step: folder} of what a training could resume from, the oldest first."""
+    if claim.kind != "train":
+        return {}
+    return {row.step: Path(row.path) for row in runs.list_checkpoints(session, claim.run_id)}
+
+
+def damaged_checkpoints(folders: dict[int, Path]) -> list[int]:
+    """Steps to forget: their files are gone (an attempt that was killed had removed them and could not say so), or they
+    are later than the newest whose files are as they were written. Where all of an attempt's files are gone, a disk is
+    missing and nothing is forgotten. Reads the newest to its end: minutes, where every weight was trained."""
+    if not folders or not folders[max(folders)].parent.is_dir():
+        return []
+    gone = [step for step, folder in folders.items() if folder.parent.is_dir() and not folder.is_dir()]
+    there = sorted((step for step, folder in folders.items() if folder.is_dir()), reverse=True)
+    return gone + list(takewhile(lambda step: not is_whole(folders[step]), there))
+
+
+def surplus_checkpoints(session: Session, claim: Claim) -> dict[int, Path]:
+    """{step: folder} of what is over ``save_total_limit``, the best beside the last ones.
+
+    Of the whole run: a trainer rotates those of its own attempt alone.
+    """
+    folders, limit = checkpoint_folders(session, claim), claim.spec.get("save_total_limit")
+    if limit is None or len(folders) <= limit:
+        return {}
+    kept = {*sorted(folders)[-limit:], runs.find_checkpoint(session, claim.run_id, "best").step}
+    return {step: folder for step, folder in folders.items() if step not in kept}
 
 
 def _resume_from(session: Session, claim: Claim) -> Path | None:

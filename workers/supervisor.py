@@ -18,7 +18,9 @@ from pathlib import Path
 import psutil
 
 from erpo_core.job import JobInputs
+from erpo_core.records import Ended
 from service.settings import Settings
+from workers.child.ranks import failure_of_a_rank
 from workers.claims import Attempt
 from workers.heart import Heart
 from workers.joblog import JobLog
@@ -31,6 +33,8 @@ CHILD_COMMAND = (sys.executable, "-m", "workers.child")
 _LOOK_SECONDS = 0.05
 _NOW_SECONDS = 1.0
 """Cancelling without a checkpoint still gives the child this long to close what it holds."""
+_FOLLOW_SECONDS = 5.0
+"""When a rank has failed the others may fail of the same, and say so, or wait for it."""
 _WANTED = {"paused": Order.PAUSE, "cancelled": Order.CANCEL, "cancelled_now": Order.CANCEL_NOW}
 
 
@@ -67,7 +71,7 @@ class Supervisor:
                 self._started_at = root.create_time()
                 job_log = JobLog(child.stdout.fileno(), self._attempt.append_log)
                 try:
-                    self._watch(child, recorder, heart)
+                    self._watch(child, recorder, heart, job_file.parent)
                 finally:
                     self._end(child, root)
                     recorder.drain(self._settings.lease_seconds)
@@ -78,7 +82,7 @@ class Supervisor:
             return None
         outcome = classify(
             self._order,
-            recorder.ended,
+            _last_word(recorder.ended, failure_of_a_rank(job_file.parent)),
             child.returncode,
             out_of_memory=memory_kills() > kills_before,
             detail=recorder.refused or f"{self._time_limit or 0:g}",
@@ -103,11 +107,15 @@ class Supervisor:
             start_new_session=True,
         )
 
-    def _watch(self, child: subprocess.Popen, recorder: Recorder, heart: Heart) -> None:
-        """Until the child has ended by itself, or its time to leave is over."""
-        started = time.monotonic()
+    def _watch(self, child: subprocess.Popen, recorder: Recorder, heart: Heart, folder: Path) -> None:
+        """Until the child has ended by itself, or its time to leave is over, or that to follow a rank that failed."""
+        started, failed_at = time.monotonic(), None
         while child.poll() is None:
             self._look(recorder, heart)
+            if failed_at is None and failure_of_a_rank(folder) is not None:
+                failed_at = time.monotonic()
+            if failed_at is not None and time.monotonic() - failed_at > _FOLLOW_SECONDS:
+                return
             if self._time_limit is not None and time.monotonic() - started > self._time_limit:
                 self._give(Order.TIMEOUT)
             if self._deadline is not None:
@@ -161,6 +169,13 @@ class Supervisor:
             log.error("%s: processes that cannot be killed; waiting for them", self._attempt.mark)
         child.wait()
         reap_orphans(self._started_at)
+
+
+def _last_word(ended: Ended | None, of_a_rank: Ended | None) -> Ended | None:
+    """The child's, unless it tells no more than that another rank was gone."""
+    if of_a_rank is None or (ended is not None and (ended.status != "failed" or ended.code != "failed")):
+        return ended
+    return of_a_rank
 
 
 def write_job_file(inputs: JobInputs, kind: str, spec: dict) -> Path:

@@ -1,17 +1,20 @@
 """What a bell does: claim jobs and run them until none is eligible. Bells may come twice, late or never."""
 
 import logging
+import shutil
 import threading
 from collections.abc import Callable
 
 from erpo_core.errors import ErpoError
+from erpo_core.job import JobInputs
 from service.db.claims import Claim
 from service.db.engine import Database
 from service.settings import Settings
 from workers import claims
 from workers.claims import Attempt
+from workers.heart import Heart
 from workers.outcome import Outcome
-from workers.resolve import damaged_checkpoint, resolve_inputs
+from workers.resolve import checkpoint_folders, damaged_checkpoints, resolve_inputs, surplus_checkpoints
 from workers.supervisor import CHILD_COMMAND, Supervisor, write_job_file
 
 log = logging.getLogger(__name__)
@@ -84,13 +87,8 @@ class Desk:
         log.info("%s: %s", attempt.mark, outcome or "lost")
 
     def _supervise(self, attempt: Attempt, claim: Claim) -> Outcome | None:
-        with claims.waitable(), self._database.read() as session:
-            damaged = damaged_checkpoint(session, claim)
-        if damaged is not None:
-            attempt.drop_checkpoint(damaged)
-            return self._supervise(attempt, claim)
-        with claims.waitable(), self._database.read() as session:
-            inputs = resolve_inputs(session, claim, self._settings)
+        with Heart(attempt, self._settings, lambda until: None):
+            inputs = self._prepare(attempt, claim)
         job_file = write_job_file(inputs, claim.kind, claim.spec)
         supervisor = Supervisor(
             attempt,
@@ -100,6 +98,19 @@ class Desk:
             time_limit_seconds=claim.time_limit_seconds,
         )
         return supervisor.run(job_file)
+
+    def _prepare(self, attempt: Attempt, claim: Claim) -> JobInputs:
+        with claims.waitable(), self._database.read() as session:
+            folders = checkpoint_folders(session, claim)
+        for step in damaged_checkpoints(folders):
+            attempt.drop_checkpoint(step)
+        with claims.waitable(), self._database.read() as session:
+            surplus = surplus_checkpoints(session, claim)
+            inputs = resolve_inputs(session, claim, self._settings)
+        for step, folder in surplus.items():
+            attempt.remove_checkpoint(step)
+            shutil.rmtree(folder, ignore_errors=True)
+        return inputs
 
 
 def start_thread(target: Callable[[], None], name: str) -> threading.Thread:

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Name = Annotated[str, Field(min_length=1, max_length=200)]
 Text = Annotated[str, Field(min_length=1, max_length=200_000)]
@@ -84,7 +84,16 @@ class LoraSpec(Spec):
     r: int = Field(32, ge=1, le=512, description="Rank.")
     lora_alpha: int = Field(64, ge=1, le=4096, description="Scale; the update is multiplied by alpha / r.")
     lora_dropout: float = Field(0.0, ge=0, lt=1)
-    target_modules: str | tuple[str, ...] = Field("all-linear", description="PEFT's `target_modules`.")
+    target_modules: str | tuple[str, ...] = Field(
+        "all-linear", min_length=1, description="PEFT's `target_modules`; not the head, whose weights are scored with."
+    )
+
+    @field_validator("target_modules")
+    @classmethod
+    def _not_the_head(cls, value: str | tuple[str, ...]) -> str | tuple[str, ...]:
+        if not isinstance(value, str) and any(name.split(".")[-1] == "lm_head" for name in value):
+            raise ValueError("`lm_head` cannot have an adapter; leave it out")
+        return value
 
 
 class RewardSpec(Spec):

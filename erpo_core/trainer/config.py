@@ -43,7 +43,8 @@ class ERPOConfig(GRPOConfig):
     synthesis_weight: float = field(default=0.5, metadata={"help": "eta of eq. 10."})
     psi_std: float = field(default=1.0, metadata={"help": "sigma_target of eq. 10."})
     stabilizer: float = field(default=1e-6, metadata={"help": "delta."})
-    progress_noise_floor: float | str = field(default="auto", metadata={"help": "A number, or `auto`: measured."})
+    # Parsers of transformers and TRL know no `float | str`.
+    progress_noise_floor: str = field(default="auto", metadata={"help": "A number, or `auto`: measured."})
     noise_floor_every: int = field(default=50, metadata={"help": "Steps between measurements of the noise."})
     entropy_stats: str = field(default="group", metadata={"help": "`group`, or `ema`."})
     entropy_ema_decay: float = field(default=0.99, metadata={"help": "Decay of `ema`."})
@@ -120,8 +121,13 @@ class ERPOConfig(GRPOConfig):
             raise ValueError(f"top_entropy_quantile: {self.top_entropy_quantile!r} is not above 0 and at most 1")
         if not 0 <= self.entropy_ema_decay < 1:
             raise ValueError(f"entropy_ema_decay: {self.entropy_ema_decay!r} is not from 0 to below 1")
-        if isinstance(self.progress_noise_floor, str) and self.progress_noise_floor != "auto":
-            raise ValueError(f"progress_noise_floor: {self.progress_noise_floor!r} is neither a number nor 'auto'")
+        if self.progress_noise_floor != "auto":
+            try:
+                self.progress_noise_floor = float(self.progress_noise_floor)
+            except ValueError:
+                raise ValueError(
+                    f"progress_noise_floor: {self.progress_noise_floor!r} is neither a number nor 'auto'"
+                ) from None
 
     def _refuse_change(self, option: Field) -> None:
         wanted = option.default if option.default is not MISSING else option.default_factory()

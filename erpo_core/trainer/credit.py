@@ -242,8 +242,8 @@ class TokenCredit:
         return self.args.algorithm == "erpo" and self.args.progress_noise_floor == "auto"
 
     def _noise_is_due(self) -> bool:
-        step = self.state.global_step
-        due = step % self.args.noise_floor_every == 0 or self.run_state.noise_is_missing
+        step, last = self.state.global_step, self.run_state.noise_step
+        due = last is None or step - last >= self.args.noise_floor_every
         return self._measures_noise and due and step != self._noise_step
 
     def _measure_noise(self, policy, rollouts: Rollouts, logps: Tensor) -> None:
@@ -254,6 +254,5 @@ class TokenCredit:
         noise = measure_noise(lambda part: self._scores(policy, part).logps, group, logps[:count], in_step=in_step)
         found = self.args.progress_scale * ranks.mean_of(self.accelerator, noise)
         # Scores that are not finite tell nothing of rounding: the value before stays, the next step measures again.
-        self.run_state.noise_is_missing = not math.isfinite(found)
         if math.isfinite(found):
-            self.run_state.noise = found
+            self.run_state.noise, self.run_state.noise_step = found, self._noise_step

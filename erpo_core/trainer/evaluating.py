@@ -133,12 +133,12 @@ class PolicyEvaluation(TrainerCallback):
         # The last step's comes once it is logged and saved. Of a step that a run stops at, the next attempt finds that
         # it is due; inside a cycle of several updates it does not stop.
         last = state.global_step >= state.max_steps
-        stops = self._records.stopped and not is_inside_cycle(args, state)
-        if last or stops or not self._is_due(state):
+        inside = is_inside_cycle(args, state)
+        if last or (self._records.stopped and not inside) or not self._is_due(state):
             return
         started = time.monotonic()
         try:
-            self._evaluate(state)
+            self._evaluate(state, may_leave=not inside)
         except LeftEarlyError:
             self._records.stopped = control.should_save = control.should_training_stop = True
         self._records.leave_out(time.monotonic() - started)
@@ -151,13 +151,14 @@ class PolicyEvaluation(TrainerCallback):
         is_wanted = self._spec.is_evaluated_at(state.global_step, state.max_steps)
         return is_wanted and self._trainer.run_state.evaluated_step != state.global_step
 
-    def _evaluate(self, state) -> None:
+    def _evaluate(self, state, *, may_leave: bool = True) -> None:
         """Report the numbers of every benchmark as metrics of this step.
 
         Raises:
-            LeftEarlyError: asked to leave in between.
+            LeftEarlyError: asked to leave in between, where it ``may_leave``.
         """
-        watch, started, values = watch_and_leave(self._stop), time.monotonic(), {}
+        watch = watch_and_leave(self._stop) if may_leave else None
+        started, values = time.monotonic(), {}
         for benchmark in self._benchmarks:
             rows = self._rows(benchmark, state.global_step, watch)
             if state.is_world_process_zero:

@@ -98,5 +98,10 @@ REFUSED = {
 }
 """{option: why}. Each has a default that is the only value it may have, but for :data:`SAME_AS_DEFAULT`."""
 
-SAME_AS_DEFAULT = {"scale_rewards": True, "router_aux_loss_coef": 0.0}
-"""Another way to write the default."""
+SAME_AS_DEFAULT = {
+    "include_num_input_tokens_seen": False,
+    "pad_to_multiple_of": None,
+    "router_aux_loss_coef": 0.0,
+    "scale_rewards": True,
+}
+"""Another way to write the default: a user's, or what TRL and its parser make of it."""

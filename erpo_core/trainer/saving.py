@@ -51,7 +51,7 @@ class WholeCheckpoints:
         elif folder and not checkpoints.is_whole(Path(folder)):
             raise RunError(f"the checkpoint {Path(folder).name} is damaged", code="checkpoint_damaged")
         self.changed_environment, self._counted_at = {}, time.monotonic()
-        self.run_state.environment = environment()
+        self.run_state.environment = environment() | {"dtype": str(next(self._policy.parameters()).dtype)}
         self.run_state.base_fingerprint = self._reference.fingerprint(self._policy)
         if folder and self.is_fsdp_enabled:
             self._load_whole_weights(str(folder))
@@ -159,6 +159,8 @@ class WholeCheckpoints:
             now, self.run_state = self.run_state.environment, RunState.load(Path(checkpoint))
             self.changed_environment = differences(self.run_state.environment, now)
             self.run_state.environment = now
+            if None not in self.changed_environment.get("dtype", (None,)):
+                self.run_state.base_fingerprint = self._reference.fingerprint(self._policy)  # other bits, other weights
             self._check_base()
 
     def _check_base(self) -> None:

@@ -11,14 +11,14 @@ FILE_NAME = "erpo_state.json"
 
 @dataclass
 class RunState:
-    """``noise``: std of the rounding in the progress signal. ``noise_is_missing``: its last measurement gave no number.
+    """``noise``: std of the rounding in the progress signal. ``noise_step``: when it was measured.
     ``entropy_mean``, ``entropy_second``: the running moments of the entropy, None before the first step.
     ``skipped_steps``: steps without an update. ``base_fingerprint``: of the reference's weights.
     ``checkpoint_rewards``: {step: reward}. ``environment``: libraries, device and threads. ``evaluated_step``: the last
     one whose policy was evaluated. ``seconds``: of training, all attempts together."""
 
     noise: float = 0.0
-    noise_is_missing: bool = False
+    noise_step: int | None = None
     entropy_mean: float | None = None
     entropy_second: float | None = None
     skipped_steps: int = 0

@@ -140,9 +140,21 @@ def drop_checkpoint(s: Session, job_id: str, attempt: int, step: int) -> None:
     """
     job = own_job(s, job_id, attempt)
     s.execute(delete(Checkpoint).where(Checkpoint.run_id == job.run_id, Checkpoint.step == step))
-    message = f"the checkpoint of step {step} is damaged and is passed over"
+    message = f"the files of the checkpoint of step {step} are damaged or gone: it is passed over"
     append_event(s, job, "checkpoint.damaged", message, level="warn", data={"step": step})
     _rewind(s, job)
+
+
+def remove_checkpoint(s: Session, job_id: str, attempt: int, step: int) -> None:
+    """Forget a checkpoint that makes room for later ones.
+
+    Raises:
+        FencedError: the attempt does not own the job any more.
+    """
+    job = own_job(s, job_id, attempt)
+    s.execute(delete(Checkpoint).where(Checkpoint.run_id == job.run_id, Checkpoint.step == step))
+    message = f"the checkpoint of step {step} makes room for later ones"
+    append_event(s, job, "checkpoint.removed", message, data={"step": step})
 
 
 def heartbeat(s: Session, job_id: str, attempt: int, lease_seconds: float) -> str | None:

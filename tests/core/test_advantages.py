@@ -400,3 +400,11 @@ def test_a_mask_that_is_not_two_dimensional_is_refused():
     case = {name: torch.zeros(4) for name in ("entropies", "logps", "ref_logps", "mask", "rewards")}
     with pytest.raises(ValueError, match=r"^mask"):
         erpo_advantages(**case, num_generations=4)
+
+
+@pytest.mark.parametrize("shape", [(4, 0), (0, 12)])
+def test_without_any_token_there_is_no_advantage(shape):
+    case = {name: torch.zeros(shape) for name in ("entropies", "logps", "ref_logps", "mask")}
+    found = erpo_advantages(**case, rewards=torch.arange(float(shape[0])), num_generations=4)
+    assert found.group_advantages.tolist() == [0.0] * shape[0]
+    assert {value.shape for name, value in vars(found).items() if name != "group_advantages"} == {shape}

@@ -1,10 +1,10 @@
 """Options that would do nothing are refused by name, whatever they come from: TRL, transformers, PEFT or the API."""
 
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, fields, replace
 
 import pytest
 from peft import LoraConfig
-from trl import GRPOConfig
+from trl import GRPOConfig, TrlParser
 
 from erpo_core.specs import parse_spec
 from erpo_core.trainer.config import ERPOConfig
@@ -53,6 +53,16 @@ def test_an_option_without_effect_is_refused_unless_it_is_at_its_default(tmp_pat
         ERPOConfig(str(tmp_path), use_cpu=True, **{name: other})
     if name in SAME_AS_DEFAULT:
         ERPOConfig(str(tmp_path), use_cpu=True, **{name: SAME_AS_DEFAULT[name]})
+
+
+def test_a_configuration_goes_through_trls_parser_and_through_replace(tmp_path):
+    given = ["--output_dir", str(tmp_path), "--use_cpu", "true"]
+    (parsed,) = TrlParser(ERPOConfig).parse_args_and_config([*given, "--progress_noise_floor", "0.01"])
+    assert parsed.progress_noise_floor == 0.01
+    (parsed,) = TrlParser(ERPOConfig).parse_args_and_config(given)
+    assert parsed.progress_noise_floor == "auto"
+    changed = replace(parsed, learning_rate=1e-4, generation_batch_size=None)
+    assert (changed.learning_rate, changed.loss_type) == (1e-4, "erpo")
 
 
 def test_dropout_which_scoring_leaves_out_is_refused(tmp_path):

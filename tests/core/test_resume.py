@@ -62,6 +62,17 @@ def test_a_run_that_was_killed_after_its_last_save_makes_no_step_more(tiny, tmp_
     assert result(again) == result(whole)
 
 
+def test_a_run_goes_on_in_another_dtype_and_says_so(tiny, tmp_path, monkeypatch):
+    """A base above 0.5B is bfloat16 on CUDA and float32 on a CPU."""
+    monkeypatch.setattr("erpo_core.trainer.run._load_dtype", lambda *_: torch.bfloat16)
+    train(tiny, tmp_path / "first", bf16=True, max_steps=2)
+    monkeypatch.undo()
+    rest = train(tiny, tmp_path / "rest", resume_from=checkpoint(tmp_path / "first", 2))
+    (event,) = (one for one in rest.by_kind["event"] if one.type == "resume.environment_changed")
+    assert event.data["dtype"] == {"before": "torch.bfloat16", "now": "torch.float32"}
+    assert [record.step for record in rest.by_kind["metrics"]] == [3, 4]
+
+
 @pytest.mark.bitwise
 def test_the_result_is_that_of_all_attempts(tiny, tmp_path):
     whole = train(tiny, tmp_path / "whole")

@@ -75,3 +75,21 @@ def test_on_whole_weights_any_adapter_may_be_put(database, order, parent):
     for lora in (None, LORA):
         assert run_of(database, order(run, lora=lora).json()["run_id"]).spec["lora"] == lora
     assert run_of(database, order(run).json()["run_id"]).spec["lora"]["r"] == 32
+
+
+def test_an_adapter_that_imitation_trained_with_dropout_is_trained_further_without(database, api, order, parent):
+    """Scores and loss of erpo and grpo are without dropout, whatever the adapter was trained with."""
+    job = api.post("/jobs/train", json=TRAIN | {"algorithm": "sft", "lora": LORA | {"lora_dropout": 0.1}}).json()
+    answer = order(job["run_id"], algorithm="erpo")
+    assert answer.status_code == 202
+    assert run_of(database, answer.json()["run_id"]).spec["lora"] == LORA
+    assert order(job["run_id"], algorithm="erpo", lora=LORA).status_code == 202
+    imitating = order(job["run_id"], algorithm="sft").json()
+    assert run_of(database, imitating["run_id"]).spec["lora"] == LORA | {"lora_dropout": 0.1}
+
+
+@pytest.mark.parametrize("modules", [[], "", ["q_proj", "lm_head"]])
+def test_modules_that_no_adapter_can_be_put_on_are_refused(api, modules):
+    answer = api.post("/jobs/train", json=TRAIN | {"lora": {"target_modules": modules}})
+    assert answer.status_code == 422
+    assert "target_modules" in answer.text

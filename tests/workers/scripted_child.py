@@ -3,7 +3,7 @@
 Steps: ``["metrics", first, last]``, ``["checkpoint", step]``, ``["print", text]``, ``["flood", bytes]``,
 ``["sleep", seconds]``, ``["wait_stop"]`` (until SIGTERM, then a checkpoint of step 90), ``["hang"]`` (deaf to it),
 ``["spawn"]`` (a grandchild in a session of its own), ``["kill", signal]``, ``["exit", code]``,
-``["fail", code, text]``,
+``["fail", code, text]``, ``["fail_as_a_rank", code, text]`` (and goes on, as the others),
 ``["memory"]`` (raises MemoryError), ``["once", marker, steps]`` (only if the file ``marker`` is not there yet).
 """
 
@@ -22,6 +22,7 @@ from erpo_core.records import Checkpoint, Ended, Metrics
 from workers.child.__main__ import failure_code, failure_message
 from workers.child.channel import Channel
 from workers.child.guard import settle_in
+from workers.child.ranks import tell_failure
 from workers.child.stop import StopFlag
 
 
@@ -83,6 +84,9 @@ class Script:
 
     def fail(self, code: str, text: str) -> None:
         raise RunError(text, code=code)
+
+    def fail_as_a_rank(self, code: str, text: str) -> None:
+        tell_failure(Ended("failed", code, text), self.inputs.work_dir)
 
     def memory(self) -> None:
         raise MemoryError("no room for 8 EiB")

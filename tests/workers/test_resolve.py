@@ -13,7 +13,7 @@ from erpo_core.records import Checkpoint, Completions, Resolved, Trace
 from service.db import claims, runs, traces
 from service.db.jobs import create_job
 from service.db.records import apply_records
-from workers.resolve import damaged_checkpoint, resolve_inputs, resolve_model
+from workers.resolve import checkpoint_folders, damaged_checkpoints, resolve_inputs, resolve_model
 
 
 def train(session, settings, model="tiny", rewards=(0.1, 0.9, 0.4), **spec):
@@ -27,6 +27,10 @@ def train(session, settings, model="tiny", rewards=(0.1, 0.9, 0.4), **spec):
         records.append(Checkpoint(number * 10, str(folder), [], {"reward": reward}))
     apply_records(session, job_id=claim.job_id, run_id=claim.run_id, attempt=1, records=records)
     return claim
+
+
+def damaged(session, claim) -> list[int]:
+    return damaged_checkpoints(checkpoint_folders(session, claim))
 
 
 def step_of(model: ModelInput) -> str:
@@ -114,12 +118,12 @@ def test_a_training_goes_back_behind_a_damaged_checkpoint(database, settings):
         for step in (10, 20):
             (folders[step].parent / "new").mkdir()
             publish(folders[step].parent / "new", folders[step], step)
-        assert damaged_checkpoint(session, claim) == 30, "it has no manifest"
+        assert damaged(session, claim) == [30], "it has no manifest"
         claims.drop_checkpoint(session, claim.job_id, 1, 30)
-        assert damaged_checkpoint(session, claim) is None
+        assert damaged(session, claim) == []
         assert resolve_inputs(session, claim, settings).resume_from == folders[20]
         (folders[20] / "manifest.json").write_text('{"files": [{"name": "gone", "sha256": ""}]}')
-        assert damaged_checkpoint(session, claim) == 20
+        assert damaged(session, claim)[0] == 20
 
 
 def test_a_checkpoint_that_a_killed_attempt_had_removed_is_forgotten(database, settings):
@@ -128,11 +132,11 @@ def test_a_checkpoint_that_a_killed_attempt_had_removed_is_forgotten(database, s
         folders = {row.step: Path(row.path) for row in runs.list_checkpoints(session, claim.run_id)}
         (folders[30].parent / "new").mkdir()
         publish(folders[30].parent / "new", folders[30], 30)
-        assert damaged_checkpoint(session, claim) is None
+        assert damaged(session, claim) == []
         folders[10].rmdir()
-        assert damaged_checkpoint(session, claim) == 10
+        assert damaged(session, claim) == [10]
         claims.drop_checkpoint(session, claim.job_id, 1, 10)
-        assert damaged_checkpoint(session, claim) is None
+        assert damaged(session, claim) == []
         assert [row.step for row in runs.list_checkpoints(session, claim.run_id)] == [20, 30]
 
 
@@ -141,7 +145,7 @@ def test_where_a_disk_is_missing_no_checkpoint_is_forgotten(database, settings):
         claim = train(session, settings)
         newest = runs.find_checkpoint(session, claim.run_id, "last")
         Path(newest.path).parent.rename(settings.artifacts_dir / "elsewhere")
-        assert damaged_checkpoint(session, claim) is None
+        assert damaged(session, claim) == []
         with pytest.raises(UnknownReferenceError, match="gone") as caught:
             resolve_inputs(session, claim, settings)
         assert caught.value.code == "checkpoint_missing"

@@ -101,6 +101,25 @@ def test_a_child_that_fails_gives_its_job_the_reason(desk, database, step, reaso
     assert (job.status, job.status_reason) == ("failed", reason)
 
 
+@pytest.mark.parametrize("others", [["hang"], ["fail", "failed", "RuntimeError: connection reset by peer"]])
+def test_a_rank_that_fails_alone_ends_the_job_with_its_reason(desk, database, others):
+    """The others wait for it, or say that it is gone."""
+    job_id = submit(database, ["metrics", 1, 2], ["fail_as_a_rank", "oom", "no room for 8 EiB"], others)
+    desk.ring()
+    job = job_of(database, job_id)
+    assert (job.status, job.status_reason, job.error["message"]) == ("failed", "oom", "no room for 8 EiB")
+    assert rewards(database, job_id) == [1, 2]
+
+
+def test_a_checkpoint_that_is_long_to_read_keeps_its_lease(desk, database, settings, monkeypatch):
+    job_id = submit(database, ["checkpoint", 5], ["once", str(settings.data_dir / "again"), [["kill", 9]]])
+    beats = []
+    monkeypatch.setattr(claims, "heartbeat", lambda *given: beats.append(given[1]))
+    monkeypatch.setattr("workers.tasks.damaged_checkpoints", lambda folders: wait_for(lambda: beats) or [])
+    desk.ring()
+    assert beats[0] == job_id
+
+
 def test_a_second_bell_for_a_job_is_harmless(desk, database, settings, stopping):
     job_id = submit(database, ["metrics", 1, 3], ["sleep", 0.5])
     other = Desk(settings, "worker-b", stopping)
@@ -239,3 +258,24 @@ def test_a_child_and_what_it_started_die_with_a_supervisor_that_is_killed(settin
     worker.send_signal(signal.SIGKILL)
     worker.wait()
     wait_for(lambda: not attempt_processes(f"{job_id}:1"), 5)
+
+
+def test_the_attempts_of_a_run_keep_no_more_checkpoints_together_than_it_may_have(desk, database, settings):
+    again = str(settings.data_dir / "again")
+    steps = [["checkpoint", step] for step in (1, 2, 3, 4)]
+    with database.write() as session:
+        script = [["once", again, [*steps, ["wait_stop"]]], ["checkpoint", 91]]
+        spec = {"model": "tiny", "save_total_limit": 2, "script": script}
+        job_id = create_job(session, kind="train", spec=spec, options={}).id
+    worker = in_background(desk)
+    wait_for(lambda: checkpoints(database, job_id) == [1, 2, 3, 4])
+    with database.write() as session:
+        jobs.request_pause(session, job_id)
+    worker.join(20)
+    assert checkpoints(database, job_id) == [1, 2, 3, 4, 90], "the child rotates its own"
+    with database.write() as session:
+        jobs.resume_job(session, job_id)
+    desk.ring()
+    assert checkpoints(database, job_id) == [4, 90, 91]
+    folder = settings.artifacts_dir / "runs" / job_of(database, job_id).run_id / "attempt-1"
+    assert sorted(path.name for path in folder.glob("step-*")) == ["step-4", "step-90"]

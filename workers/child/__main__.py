@@ -19,7 +19,15 @@ from erpo_core.job import JobInputs
 from erpo_core.records import Ended
 from workers.child.channel import Channel
 from workers.child.guard import follow_parent, settle_in
-from workers.child.ranks import Silence, become_launcher, end_rank, is_first_rank, is_rank, wanted_processes
+from workers.child.ranks import (
+    Silence,
+    become_launcher,
+    end_rank,
+    is_first_rank,
+    is_rank,
+    tell_failure,
+    wanted_processes,
+)
 from workers.child.stop import StopFlag
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
@@ -44,6 +52,8 @@ def main(path: str) -> int:
     channel.emit(ended)
     channel.close()
     if is_rank():
+        if ended.status == "failed" and not is_first_rank():
+            tell_failure(ended, Path(path).parent)
         end_rank(leaves_group=ended.status != "failed")  # after a failure the others may still wait for this one
     return 0
 

@@ -1,15 +1,18 @@
 """Several processes for one job: the child becomes `accelerate launch`, which starts itself again as ranks."""
 
+import json
 import os
 import sys
+from pathlib import Path
 from typing import Any, NoReturn
 
 from erpo_core.launch import launcher
-from erpo_core.records import Record
+from erpo_core.records import Ended, Record
 from workers.child.guard import SUPERVISOR_VARIABLE
 
 RANK_VARIABLE = "RANK"
 """torchrun's."""
+_FAILURE = "failed-rank.json"
 
 
 def wanted_processes(job: dict[str, Any]) -> int:
@@ -33,6 +36,21 @@ def become_launcher(count: int, strategy: str, path: str) -> None:
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // count)))
     os.environ[SUPERVISOR_VARIABLE] = str(os.getpid())  # the ranks' parent
     os.execv(sys.executable, [sys.executable, *launcher(strategy, count), "-m", "workers.child", path])
+
+
+def tell_failure(ended: Ended, folder: Path) -> None:
+    """What a rank that does not report has failed of, for the supervisor: the others may wait for it for ever."""
+    draft = folder / f"{_FAILURE}.{os.getpid()}"
+    draft.write_text(json.dumps({"code": ended.code, "message": ended.message}))
+    draft.replace(folder / _FAILURE)
+
+
+def failure_of_a_rank(folder: Path) -> Ended | None:
+    """What :func:`tell_failure` has left in the attempt's folder."""
+    try:
+        return Ended("failed", **json.loads((folder / _FAILURE).read_text()))
+    except FileNotFoundError:
+        return None
 
 
 def end_rank(*, leaves_group: bool) -> NoReturn:
