@@ -14,7 +14,6 @@ from erpo_core.generation.vllm_server import check_server
 from erpo_core.job import JobInputs, ModelInput
 from service.db import jobs, runs, traces
 from service.db.claims import KEEPS_RECORDS, Claim
-from service.db.measured import Checkpoint
 from service.db.models import Run
 from service.settings import Settings
 
@@ -131,14 +130,8 @@ def surplus_checkpoints(session: Session, claim: Claim) -> dict[int, Path]:
 
 
 def _resume_from(session: Session, claim: Claim) -> Path | None:
-    newest = _newest_checkpoint(session, claim)
-    return None if newest is None else _existing(Path(newest.path))
-
-
-def _newest_checkpoint(session: Session, claim: Claim) -> Checkpoint | None:
-    if claim.kind != "train":
-        return None
-    return max(runs.list_checkpoints(session, claim.run_id), key=lambda row: row.step, default=None)
+    folders = checkpoint_folders(session, claim)
+    return _existing(folders[max(folders)]) if folders else None
 
 
 def _existing(folder: Path) -> Path:

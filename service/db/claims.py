@@ -138,11 +138,8 @@ def drop_checkpoint(s: Session, job_id: str, attempt: int, step: int) -> None:
     Raises:
         FencedError: the attempt does not own the job any more.
     """
-    job = own_job(s, job_id, attempt)
-    s.execute(delete(Checkpoint).where(Checkpoint.run_id == job.run_id, Checkpoint.step == step))
     message = f"the files of the checkpoint of step {step} are damaged or gone: it is passed over"
-    append_event(s, job, "checkpoint.damaged", message, level="warn", data={"step": step})
-    _rewind(s, job)
+    _rewind(s, _forget_checkpoint(s, job_id, attempt, step, "checkpoint.damaged", message, level="warn"))
 
 
 def remove_checkpoint(s: Session, job_id: str, attempt: int, step: int) -> None:
@@ -151,10 +148,15 @@ def remove_checkpoint(s: Session, job_id: str, attempt: int, step: int) -> None:
     Raises:
         FencedError: the attempt does not own the job any more.
     """
+    message = f"the checkpoint of step {step} makes room for later ones"
+    _forget_checkpoint(s, job_id, attempt, step, "checkpoint.removed", message)
+
+
+def _forget_checkpoint(s: Session, job_id: str, attempt: int, step: int, event: str, message: str, **level: str) -> Job:
     job = own_job(s, job_id, attempt)
     s.execute(delete(Checkpoint).where(Checkpoint.run_id == job.run_id, Checkpoint.step == step))
-    message = f"the checkpoint of step {step} makes room for later ones"
-    append_event(s, job, "checkpoint.removed", message, data={"step": step})
+    append_event(s, job, event, message, data={"step": step}, **level)
+    return job
 
 
 def heartbeat(s: Session, job_id: str, attempt: int, lease_seconds: float) -> str | None:
