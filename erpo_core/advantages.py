@@ -131,15 +131,18 @@ def _no_signals(rewards: Tensor, mask: Tensor) -> ERPOSignals:
 
 
 def _group_advantages(rewards_NG: Tensor, scored_NG: Tensor) -> Tensor:
-    """Eq. 3 with Bessel's correction; exactly 0 where a reward differs from its group's mean by rounding alone."""
+    """Eq. 3 with Bessel's correction; exactly 0 where a reward differs from its group's mean by rounding alone.
+
+    In float64: the squares of rewards of 1e19 and more are none of float32's numbers.
+    """
     count_N1 = scored_NG.sum(1, keepdim=True)
-    clean_NG = torch.where(scored_NG, rewards_NG, 0.0)
+    clean_NG = torch.where(scored_NG, rewards_NG, 0.0).double()
     mean_N1 = clean_NG.sum(1, keepdim=True) / count_N1.clamp(min=1)
     deviation_NG = torch.where(scored_NG, clean_NG - mean_N1, 0.0)
     std_N1 = (deviation_NG.square().sum(1, keepdim=True) / (count_N1 - 1).clamp(min=1)).sqrt()
     tolerance_N1 = RELATIVE_TOLERANCE * clean_NG.abs().amax(1, keepdim=True).clamp(min=1)
     signal_NG = (deviation_NG.abs() > tolerance_N1) & has_contrast(rewards_NG, scored_NG)[:, None]
-    return torch.where(signal_NG, deviation_NG / (std_N1 + REWARD_STABILIZER), 0.0)
+    return torch.where(signal_NG, deviation_NG / (std_N1 + REWARD_STABILIZER), 0.0).to(rewards_NG.dtype)
 
 
 def has_contrast(rewards_NG: Tensor, counted_NG: Tensor | None = None) -> Tensor:

@@ -8,6 +8,7 @@ On CUDA a short row is attended to as a whole, behind a mask: there the number o
 
 # L = packed tokens, S = segments of a bucket, T = their padded length, P = tokens above them
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,11 +21,15 @@ from transformers import AttentionInterface
 
 from erpo_core.prefill import shared_prefix
 
+_log = logging.getLogger(__name__)
+
 ATTENTION = "erpo_packed"
 _LEAST_FILL = 0.75
 """A bucket's shortest segment over its longest: below it, padding costs more than another kernel call."""
 _SHORT_ROW = {"cpu": 0, "cuda": 4096}
 """Tokens of a row whose attention is one product with a mask of L x L."""
+_ROUNDING = 0.1
+"""Of the length of hidden states: as far as bfloat16 may move them in a deep model."""
 _ALIGNED = 16
 """Elements: attention kernels take rows of a mask that begin at a multiple of it."""
 
@@ -174,11 +179,43 @@ def _mask(above: int, length: int) -> Tensor:
 
 
 def supports_packing(body: Any) -> bool:
-    """Whether a model's body takes our attention: plain causal layers behind transformers' attention interface."""
+    """Whether a model's body takes our attention: plain causal layers behind transformers' attention interface.
+
+    What a configuration does not say (a mask, a sink or a window that a model makes itself) is found out by a trial,
+    once for each body: a model that is not the same packed is scored padded.
+    """
+    if "_packs" not in vars(body):
+        body._packs = _looks_plain(body) and _is_the_same_packed(body)
+    return body._packs
+
+
+def _looks_plain(body: Any) -> bool:
     config = body.config
     plain = all(kind == "full_attention" for kind in getattr(config, "layer_types", None) or ())
     sliding = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
     return bool(getattr(body, "_supports_attention_backend", False)) and plain and not sliding
+
+
+@torch.no_grad()
+def _is_the_same_packed(body: Any) -> bool:
+    """Rounding aside, that of bfloat16 included; another attention moves hidden states as far as they are long."""
+    device = next(body.parameters()).device
+    ids = [token % body.config.vocab_size for token in range(3, 103, 4)]
+    prompts, answers = (ids[:5], ids[2:6]), (ids[6:10], ids[10:17], ids[17:19], ids[19:25])
+    rows = [[*prompts[index // 2], *answer[:-1]] for index, answer in enumerate(answers)]
+    states = [body(input_ids=torch.tensor([row], device=device), use_cache=False).last_hidden_state[0] for row in rows]
+    wanted = torch.cat([each[-len(answer) :] for each, answer in zip(states, answers, strict=True)]).float()
+    try:
+        found = packed_hidden(body, pack(prompts, answers, device)).float()
+    except (TypeError, RuntimeError) as error:
+        _log.warning("%s is scored padded, not packed: %s", type(body).__name__, error)
+        return False
+    apart = ((found - wanted).norm() / wanted.norm()).item()
+    if not apart <= _ROUNDING:
+        _log.warning(
+            "%s is scored padded: packed, its states are %.2g of their length apart", type(body).__name__, apart
+        )
+    return apart <= _ROUNDING
 
 
 def packed_hidden(body: Any, row: PackedRow) -> Tensor:

@@ -23,11 +23,20 @@ class PaddedPrompts:
     """Leading columns that are the same tokens in every row, 0 if they are not worth a call of their own."""
 
 
-def pad_prompts(prompts: Sequence[Sequence[int]], pad_id: int, device: torch.device | str) -> PaddedPrompts:
-    """Raises ValueError for an empty prompt."""
+def pad_prompts(
+    prompts: Sequence[Sequence[int]], pad_id: int, device: torch.device | str, *, share: bool = True
+) -> PaddedPrompts:
+    """Prompts side by side.
+
+    Args:
+        share: False leaves all padding in front of a prompt, none inside of it.
+
+    Raises:
+        ValueError: an empty prompt.
+    """
     if not all(prompts):
         raise ValueError("prompts: each must hold a token")
-    shared = shared_prefix(prompts)
+    shared = shared_prefix(prompts) if share else 0
     width = max(map(len, prompts))
     ids = torch.full((len(prompts), width), pad_id, dtype=torch.long)
     mask = torch.zeros_like(ids)

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, LinearAttentionCacheLayerMixin
 
 _ROOM = 64
 """Tokens of free space at least, where a layer must move; then as much again as it holds."""
@@ -63,3 +63,8 @@ def roomy_cache(config: Any) -> DynamicCache:
     cache = DynamicCache(config=config)
     cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return cache
+
+
+def is_recurrent(cache: DynamicCache) -> bool:
+    """Whether a layer carries a state from token to token (linear attention, state spaces, convolutions)."""
+    return any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in cache.layers)

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from erpo_core.errors import RunError
 from erpo_core.generation import fixed
 from erpo_core.generation.base import Sample, Sampling, Watch, check_call
-from erpo_core.generation.cache import roomy_cache
+from erpo_core.generation.cache import is_recurrent, roomy_cache
 from erpo_core.generation.drawing import draw, logps_of
 from erpo_core.prefill import pad_prompts, prefill
 
@@ -50,6 +51,7 @@ class TransformersEngine:
 
         Raises:
             ValueError: an empty prompt, or a bound below 1.
+            RunError: ``model_unsupported``: the model does not use transformers' ``DynamicCache``.
         """
         if not prompts:
             return []
@@ -76,10 +78,14 @@ class TransformersEngine:
     ) -> tuple[list[list[int]], list[list[float]] | list[None]]:
         """Token ids of all B = len(prompts) * n answers, prompt by prompt, and their log-probabilities."""
         device = self.model.device
-        padded_prompts = pad_prompts(prompts, self.tokenizer.pad_token_id or 0, device)
-        start = prefill(self.model, padded_prompts, cache=roomy_cache(self.model.config), logits_to_keep=1)
-        cache = start.past_key_values
-        cache.batch_repeat_interleave(n)
+        cache = roomy_cache(self.model.config)
+        share = not is_recurrent(cache)
+        padded_prompts = pad_prompts(prompts, self.tokenizer.pad_token_id or 0, device, share=share)
+        start = prefill(self.model, padded_prompts, cache=cache, logits_to_keep=1)
+        if getattr(start, "past_key_values", None) is not cache:
+            name = type(self.model).__name__
+            raise RunError(f"{name} keeps its state in a cache of its own; sample with vLLM", code="model_unsupported")
+        cache.reorder_cache(torch.arange(len(prompts), device=device).repeat_interleave(n))
         logits = start.logits[:, -1].repeat_interleave(n, dim=0)
         mask = padded_prompts.mask.repeat_interleave(n, dim=0)
         answers = Answers(len(prompts) * n, sampling, max_new_tokens, set(stop_ids), seed, self.watch)
@@ -104,7 +110,7 @@ class TransformersEngine:
                 return
             if len(going) < len(alive):
                 kept = torch.tensor(going, device=device)
-                cache.batch_select_indices(kept)
+                cache.reorder_cache(kept)  # recurrent layers know no other selection
                 alive, chosen, mask = alive[kept], chosen[kept], mask[kept]
             mask = torch.cat([mask, mask.new_ones(len(alive), 1)], dim=1)
             logits = self._step(chosen, cache, mask, padded)

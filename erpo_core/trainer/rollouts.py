@@ -94,7 +94,7 @@ class SampledAnswers:
             "top_k": self.args.top_k or 0,
             "max_new_tokens": self.max_completion_length,
         }
-        with self._autocast_scoring():  # the policy that is sampled is the one that is scored
+        with self._autocast_scoring():  # the policy that is sampled is the one that is scored, but for its copies
             engine = self._engine()
             call = {"n": n, "stop_ids": stop_token_ids(self.processing_class), "seed": seed, **sampling, **changes}
             return ranks.sampled_together(self.accelerator, engine, watch, prompts, **call)

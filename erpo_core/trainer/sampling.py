@@ -70,7 +70,7 @@ def make_sampler(args: Any, policy: Any, tokenizer: Any, accelerator: Accelerato
 
 
 class TransformersSampler:
-    """The policy itself; on a CPU a copy of it that decodes faster, where there is one that samples the same.
+    """The policy itself; on a CPU a float32 copy of it that decodes faster, where there is one.
 
     A policy in shards samples with its weights gathered: the ranks end their answers at different times.
     """
@@ -83,7 +83,7 @@ class TransformersSampler:
         """The engine, at the policy's version."""
         if is_sharded(policy):
             return GatheredEngine(policy, self._tokenizer, fixed_shapes=False)
-        if torch.is_autocast_enabled("cpu") or not PolicySnapshot.suits(policy):  # the copy knows no autocast
+        if not PolicySnapshot.suits(policy):
             return TransformersEngine(policy, self._tokenizer)
         self._snapshot = self._snapshot or PolicySnapshot(policy)
         self._snapshot.refresh()

@@ -191,7 +191,8 @@ def _trainable_logps(hidden_nH, weight_VH, bias_V, targets_n, temperature: float
 def body_of(model):
     """The transformer under the head; LoRA layers are inside of it."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return base.get_decoder()
+    decoder = base.get_decoder()
+    return base.model if decoder is base else decoder  # Llama 4 calls itself its decoder
 
 
 def spread(values: Tensor, mask: Tensor) -> Tensor:

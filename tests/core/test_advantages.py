@@ -342,6 +342,14 @@ def test_scaling_the_rewards_changes_nothing_but_through_the_stabilizer(case, sc
     torch.testing.assert_close(scaled, compute(case).advantages, atol=5e-3, rtol=5e-3)
 
 
+def test_rewards_whose_squares_are_none_of_float32s_numbers_give_what_small_ones_give():
+    small, large = ([1.0 * scale, 0.0, 3.0 * scale, 2.0 * scale] for scale in (1.0, 1e30))
+    expected = compute(rollouts(small, dtype=torch.float32)).advantages
+    found = compute(rollouts(large, dtype=torch.float32)).advantages
+    assert found.count_nonzero()
+    torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-3)
+
+
 @given(case=groups)
 @invariant
 def test_without_synthesis_one_bucket_and_equal_lengths_it_is_grpo_up_to_one_factor(case):

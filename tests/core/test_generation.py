@@ -246,10 +246,22 @@ def test_a_snapshot_samples_what_the_policy_samples_and_leaves_its_base_alone(fo
     assert all(torch.equal(parameter, before[name]) for name, parameter in policy.named_parameters())
 
 
+def test_a_snapshot_is_exact_where_the_policy_is_rounded(folder, tiny):
+    policy = adapted(folder)
+    ids = torch.tensor([encoded(tiny[1])[0]])
+    exact = policy(ids).logits
+    snapshot = PolicySnapshot(policy)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        snapshot.refresh()
+        found, rounded = snapshot.model(ids).logits, policy(ids).logits
+    torch.testing.assert_close(found, exact, atol=1e-4, rtol=1e-4)
+    assert (rounded - exact).abs().max() > 1e-3
+
+
 @pytest.mark.parametrize("rows", [1, 3, 9, 16, 17, 64, 65])
 def test_a_packed_linear_is_a_linear(rows):
     plain = torch.nn.Linear(24, 40)
-    packed = PackedLinear(plain.bias)
+    packed = PackedLinear(plain)
     states = torch.randn(rows, 1, 24)
     with torch.no_grad():
         for weight in (plain.weight, plain.weight.copy_(torch.randn(40, 24))):
@@ -257,10 +269,43 @@ def test_a_packed_linear_is_a_linear(rows):
             torch.testing.assert_close(packed(states), plain(states), atol=1e-5, rtol=1e-5)
 
 
-def test_only_plain_lora_in_float32_has_a_snapshot(folder):
+with_bfloat16 = pytest.mark.skipif(
+    not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="a CPU that computes in bfloat16"
+)
+
+
+@with_bfloat16
+def test_a_snapshot_of_a_bfloat16_base_is_nearer_to_the_exact_policy_than_the_policy_is(folder, tiny):
+    policy = adapted(folder)
+    policy.get_base_model().bfloat16()
+    snapshot = PolicySnapshot(policy)
+    snapshot.refresh()
+    ids = torch.tensor([encoded(tiny[1])[0]])
+    with torch.no_grad():
+        found, rounded = snapshot.model(ids).logits, policy(ids).logits.float()
+        exact = policy.float()(ids).logits
+        with policy.disable_adapter():
+            start = policy(ids).logits
+    assert 0 < (found - exact).norm() < (rounded - exact).norm() < 0.1 * (start - exact).norm()
+
+
+@with_bfloat16
+def test_a_packed_linear_in_bfloat16_moves_by_updates_that_its_weight_would_round_off(folder):
+    weight, states = (1 + torch.rand(40, 24)).bfloat16(), torch.randn(5, 2, 24)
+    down, up = torch.randn(24, 4) * 1e-3, torch.randn(4, 40) * 1e-2
+    packed = PackedLinear(torch.nn.Linear(24, 40, bias=False))
+    packed.fill(weight)
+    before = packed(states)
+    packed.updates = [(down, up)]
+    torch.testing.assert_close(before, states.bfloat16().float() @ weight.float().T, atol=0.1, rtol=0.02)
+    torch.testing.assert_close(packed(states) - before, states @ down @ up, atol=5e-6, rtol=1e-2)
+    assert torch.equal((weight.float() + (down @ up).T).bfloat16(), weight)
+
+
+def test_only_plain_lora_has_a_snapshot(folder):
     assert PolicySnapshot.suits(adapted(folder))
     assert not PolicySnapshot.suits(adapted(folder, use_dora=True))
-    assert not PolicySnapshot.suits(adapted(folder).bfloat16())
+    assert not PolicySnapshot.suits(adapted(folder).half())
     assert not PolicySnapshot.suits(AutoModelForCausalLM.from_pretrained(folder))
 
 
