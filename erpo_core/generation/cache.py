@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer, LinearAttentionCacheLayerMixin
+from transformers.cache_utils import DynamicLayer
 
 _ROOM = 64
 """Tokens of free space at least, where a layer must move; then as much again as it holds."""
@@ -65,6 +65,6 @@ def roomy_cache(config: Any) -> DynamicCache:
     return cache
 
 
-def is_recurrent(cache: DynamicCache) -> bool:
-    """Whether a layer carries a state from token to token (linear attention, state spaces, convolutions)."""
-    return any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in cache.layers)
+def is_plain(cache: DynamicCache) -> bool:
+    """Whether every layer just keeps its keys and values: no window, no state that goes from token to token."""
+    return all(type(layer) is RoomyLayer for layer in cache.layers)

@@ -16,7 +16,7 @@ from transformers import AttentionInterface, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from erpo_core.generation.base import Sampling
-from erpo_core.generation.cache import RoomyLayer
+from erpo_core.generation.cache import is_plain
 from erpo_core.generation.drawing import draw, logps_of
 from erpo_core.packing import attention, supports_packing
 
@@ -34,8 +34,7 @@ Choose = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 def suits(model: Any, cache: Any) -> bool:
     """Whether a model decodes here as it does elsewhere: plain causal attention, weights that are not quantized."""
-    plain = all(type(layer) is RoomyLayer for layer in cache.layers)
-    return plain and supports_packing(model.get_decoder()) and not getattr(model, "quantization_method", None)
+    return is_plain(cache) and supports_packing(model.get_decoder()) and not getattr(model, "quantization_method", None)
 
 
 class FixedBatch:

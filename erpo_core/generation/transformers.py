@@ -15,7 +15,7 @@ from torch import Tensor
 from erpo_core.errors import RunError
 from erpo_core.generation import fixed
 from erpo_core.generation.base import Sample, Sampling, Watch, check_call
-from erpo_core.generation.cache import is_recurrent, roomy_cache
+from erpo_core.generation.cache import is_plain, roomy_cache
 from erpo_core.generation.drawing import draw, logps_of
 from erpo_core.prefill import pad_prompts, prefill
 
@@ -79,8 +79,8 @@ class TransformersEngine:
         """Token ids of all B = len(prompts) * n answers, prompt by prompt, and their log-probabilities."""
         device = self.model.device
         cache = roomy_cache(self.model.config)
-        share = not is_recurrent(cache)
-        padded_prompts = pad_prompts(prompts, self.tokenizer.pad_token_id or 0, device, share=share)
+        # A window counts padding, and a state decays over it: only in front of all tokens it does no harm.
+        padded_prompts = pad_prompts(prompts, self.tokenizer.pad_token_id or 0, device, share=is_plain(cache))
         start = prefill(self.model, padded_prompts, cache=cache, logits_to_keep=1)
         if getattr(start, "past_key_values", None) is not cache:
             name = type(self.model).__name__

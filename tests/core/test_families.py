@@ -119,14 +119,15 @@ def test_scores_answers_and_gradients_are_those_of_the_models_own_forward(family
         snapshot = PolicySnapshot(policy)
         snapshot.refresh()
         sampled.append(snapshot.model)
+    together = [[*range(40, 60), *prompt] for prompt in PROMPTS]
     for model in sampled:
-        groups = TransformersEngine(model, Tokenizer()).generate(
-            PROMPTS, n=2, stop_ids=[2], temperature=0.0, max_new_tokens=9
-        )
-        for prompt, group in zip(PROMPTS, groups, strict=True):
-            for sample in group:
-                logps = plain_logps(policy, prompt, sample.token_ids)
-                assert (logps.max(1).values - of_tokens(logps, sample.token_ids)).max() < 1e-3
+        for prompts in (PROMPTS, together):
+            call = {"n": 2, "stop_ids": [2], "temperature": 0.0, "max_new_tokens": 9}
+            groups = TransformersEngine(model, Tokenizer()).generate(prompts, **call)
+            for prompt, group in zip(prompts, groups, strict=True):
+                for sample in group:
+                    logps = plain_logps(policy, prompt, sample.token_ids)
+                    assert (logps.max(1).values - of_tokens(logps, sample.token_ids)).max() < 1e-3
 
 
 def test_a_model_that_keeps_its_state_elsewhere_is_refused():
