@@ -16,6 +16,7 @@ from erpo_core import checkpoints
 from erpo_core.errors import RunError
 from erpo_core.trainer.environment import differences, environment
 from erpo_core.trainer.reference import Reference
+from erpo_core.trainer.sampler import EpochSampler
 from erpo_core.trainer.sharding import goes_in_step, is_sharded, load_whole_state, whole_state, whole_weights
 from erpo_core.trainer.state import RunState
 
@@ -37,6 +38,8 @@ class WholeCheckpoints:
     """{name: (at the checkpoint, now)} of libraries, device and threads, where a run resumed from another one."""
     _reference: Reference
     _policy: Any
+    _order: EpochSampler | None = None
+    """That of the prompts; None where it is transformers' own."""
     _counted_at: float
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
@@ -140,6 +143,8 @@ class WholeCheckpoints:
 
     def _run_epoch(self, **kwargs) -> None:
         """transformers' loop would make one step more of a run that is resumed from its last."""
+        if self._order is not None:
+            self._order.set_epoch(kwargs["epoch"])
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
         else:
