@@ -51,6 +51,7 @@ class WholeCheckpoints:
 
         Raises:
             RunError: ``checkpoint_damaged``, or ``base_weights_changed``.
+            OSError: the checkpoint cannot be read just now.
         """
         folder = resume_from_checkpoint
         if folder is True:
