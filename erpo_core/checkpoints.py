@@ -47,13 +47,19 @@ def manifest_files(folder: Path) -> list[dict[str, Any]]:
 
 
 def is_whole(folder: Path) -> bool:
-    """Whether every file of the manifest is there as it was written."""
+    """Whether every file of the manifest is there as it was written.
+
+    Raises:
+        OSError: one that may be there cannot be read just now: nothing is known of it.
+    """
     try:
         for entry in manifest_files(folder):
             with (folder / entry["name"]).open("rb") as file:
                 if file_digest(file, "sha256").hexdigest() != entry["sha256"]:
                     return False
-    except (OSError, ValueError, KeyError):
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        return False
+    except (ValueError, KeyError, TypeError):  # what the manifest holds is no manifest
         return False
     return True
 
@@ -65,7 +71,11 @@ def list_steps(parent: Path) -> list[int]:
 
 
 def newest_whole(parent: Path) -> Path | None:
-    """The last checkpoint whose manifest verifies."""
+    """The last checkpoint whose manifest verifies.
+
+    Raises:
+        OSError: a later one than that cannot be read just now.
+    """
     folders = [checkpoint_folder(parent, step) for step in reversed(list_steps(parent))]
     return next((folder for folder in folders if is_whole(folder)), None)
 

@@ -4,6 +4,7 @@ from base64 import b64encode
 from dataclasses import replace
 from itertools import takewhile
 from pathlib import Path
+from stat import S_ISDIR
 from typing import Any
 
 from sqlalchemy.orm import Session
@@ -109,12 +110,34 @@ def checkpoint_folders(session: Session, claim: Claim) -> dict[int, Path]:
 def damaged_checkpoints(folders: dict[int, Path]) -> list[int]:
     """Steps to forget: their files are gone (an attempt that was killed had removed them and could not say so), or they
     are later than the newest whose files are as they were written. Where all of an attempt's files are gone, a disk is
-    missing and nothing is forgotten. Reads the newest to its end: minutes, where every weight was trained."""
-    if not folders or not folders[max(folders)].parent.is_dir():
+    missing and nothing is forgotten. Reads the newest to its end: minutes, where every weight was trained.
+
+    Raises:
+        UnknownReferenceError: ``checkpoint_missing``: files that may be there cannot be read. Nothing is to be
+            forgotten.
+    """
+    if not folders or _is_gone(folders[max(folders)].parent):
         return []
-    gone = [step for step, folder in folders.items() if folder.parent.is_dir() and not folder.is_dir()]
-    there = sorted((step for step, folder in folders.items() if folder.is_dir()), reverse=True)
-    return gone + list(takewhile(lambda step: not is_whole(folders[step]), there))
+    gone = [step for step, folder in folders.items() if _is_gone(folder) and not _is_gone(folder.parent)]
+    there = sorted((step for step, folder in folders.items() if not _is_gone(folder)), reverse=True)
+    return gone + list(takewhile(lambda step: not _is_whole(folders[step]), there))
+
+
+def _is_gone(folder: Path) -> bool:
+    """Whether it is known that there is no such folder; a disk that does not answer tells nothing."""
+    try:
+        return not S_ISDIR(folder.stat().st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        return True
+    except OSError:
+        return False
+
+
+def _is_whole(folder: Path) -> bool:
+    try:
+        return is_whole(folder)
+    except OSError as error:
+        raise _unreadable(folder, error) from error
 
 
 def surplus_checkpoints(session: Session, claim: Claim) -> dict[int, Path]:
@@ -135,11 +158,24 @@ def _resume_from(session: Session, claim: Claim) -> Path | None:
 
 
 def _existing(folder: Path) -> Path:
-    if not folder.is_dir():
+    if _is_gone(folder):
         raise UnknownReferenceError(
             f"the files of the checkpoint {folder} are gone", code="checkpoint_missing", mend="mount what holds them"
         )
+    try:
+        next(folder.iterdir(), None)
+    except OSError as error:
+        raise _unreadable(folder, error) from error
     return folder
+
+
+def _unreadable(folder: Path, error: OSError) -> UnknownReferenceError:
+    return UnknownReferenceError(
+        f"the files of the checkpoint {folder} cannot be read ({error.strerror or error}); nothing was forgotten. "
+        "Retry the job once they can be read; a training goes back behind a checkpoint whose folder is deleted",
+        code="checkpoint_missing",
+        mend="see to the disk that holds them",
+    )
 
 
 def _stored_rows(session: Session, claim: Claim, run_id: str) -> tuple[dict[str, Any], ...]:

@@ -49,7 +49,7 @@ class SampledAnswers:
     _autocast_scoring: Callable[[], AbstractContextManager[None]]
 
     def _get_train_sampler(self, dataset=None):
-        return EpochSampler(
+        self._order = EpochSampler(
             data_source=self.train_dataset if dataset is None else dataset,
             mini_repeat_count=self.num_generations,
             batch_size=self.args.generation_batch_size // self.num_generations,
@@ -57,6 +57,7 @@ class SampledAnswers:
             shuffle=self.shuffle_dataset,
             seed=self.args.seed,
         )
+        return self._order
 
     def _tokenize_prompts(self, prompts: list):
         if self._given_ids is None:

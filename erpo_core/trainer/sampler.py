@@ -15,7 +15,10 @@ class EpochSampler(RepeatSampler):
     epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Called by the trainer's loop before each epoch, also the one that a resumed run starts in."""
+        """To be called before each epoch, also the one that a resumed run starts in.
+
+        On several ranks transformers and accelerate do not find this sampler below their wrappers in a resumed epoch.
+        """
         self.epoch = epoch
 
     def __iter__(self):

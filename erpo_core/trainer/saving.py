@@ -3,6 +3,7 @@
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,9 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from erpo_core import checkpoints
 from erpo_core.errors import RunError
 from erpo_core.trainer.environment import differences, environment
+from erpo_core.trainer.randomness import RandomState
 from erpo_core.trainer.reference import Reference
+from erpo_core.trainer.sampler import EpochSampler
 from erpo_core.trainer.sharding import goes_in_step, is_sharded, load_whole_state, whole_state, whole_weights
 from erpo_core.trainer.state import RunState
 
@@ -37,20 +40,25 @@ class WholeCheckpoints:
     """{name: (at the checkpoint, now)} of libraries, device and threads, where a run resumed from another one."""
     _reference: Reference
     _policy: Any
+    _order: EpochSampler | None = None
+    """That of the prompts; None where it is transformers' own."""
     _counted_at: float
+    _random: tuple[int, RandomState] | None = None
+    """The last step that was made to its end, and the random states between it and the next one."""
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
         """As transformers' Trainer; ``True`` resumes from the newest checkpoint that is whole, if there is one.
 
         Raises:
             RunError: ``checkpoint_damaged``, or ``base_weights_changed``.
+            OSError: the checkpoint cannot be read just now.
         """
         folder = resume_from_checkpoint
         if folder is True:
             folder = checkpoints.newest_whole(Path(self.args.output_dir))
         elif folder and not checkpoints.is_whole(Path(folder)):
             raise RunError(f"the checkpoint {Path(folder).name} is damaged", code="checkpoint_damaged")
-        self.changed_environment, self._counted_at = {}, time.monotonic()
+        self.changed_environment, self._counted_at, self._random = {}, time.monotonic(), None
         self.run_state.environment = environment() | {"dtype": str(next(self._policy.parameters()).dtype)}
         self.run_state.base_fingerprint = self._reference.fingerprint(self._policy)
         if folder and self.is_fsdp_enabled:
@@ -95,13 +103,23 @@ class WholeCheckpoints:
         return self.run_state.seconds
 
     def save_now(self) -> None:
-        """A checkpoint of the step that the run is at, where there is none. Not within a cycle of several updates."""
+        """A checkpoint of the step that the run is at, where there is none. Not within a cycle of several updates.
+
+        It holds nothing of the step that is under way: that one will draw again what it has drawn.
+        """
         if not checkpoints.checkpoint_folder(Path(self.args.output_dir), self.state.global_step).exists():
             # Of the step that is under way some answers may be counted.
             counts = (logs["num_tokens"] for logs in reversed(self.state.log_history) if "num_tokens" in logs)
             self.state.num_input_tokens_seen = int(next(counts, 0))
-            self._save_checkpoint(self.model_wrapped, None)
+            step, random = self._random or (None, None)
+            with random.restored() if step == self.state.global_step else nullcontext():
+                self._save_checkpoint(self.model_wrapped, None)
             self.control = self.callback_handler.on_save(self.args, self.state, self.control)
+
+    def _maybe_log_save_evaluate(self, *args, **kwargs) -> None:
+        """The end of a step: what is drawn from now on belongs to the next one."""
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+        self._random = (self.state.global_step, RandomState.current())
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As transformers' Trainer; sharded weights are written whole, the same files as without shards."""
@@ -140,6 +158,8 @@ class WholeCheckpoints:
 
     def _run_epoch(self, **kwargs) -> None:
         """transformers' loop would make one step more of a run that is resumed from its last."""
+        if self._order is not None:
+            self._order.set_epoch(kwargs["epoch"])
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
         else:

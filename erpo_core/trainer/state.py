@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,8 @@ class RunState:
 
     @classmethod
     def load(cls, folder: Path) -> "RunState":
-        """That of a checkpoint; a fresh one where the checkpoint has none."""
+        """That of a checkpoint, as far as this version knows it; a fresh one where the checkpoint has none."""
         path = folder / FILE_NAME
-        return cls(**json.loads(path.read_text())) if path.is_file() else cls()
+        stored = json.loads(path.read_text()) if path.is_file() else {}
+        known = {one.name for one in fields(cls)}
+        return cls(**{name: value for name, value in stored.items() if name in known})

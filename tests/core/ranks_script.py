@@ -162,23 +162,26 @@ def update(model: str, out: Path, layout: str, tuning: str = "lora", max_grad_no
         (out / "traces.json").write_text(json.dumps(traces))
 
 
-def resume(model: str, out: Path, tuning: str = "lora", **settings) -> None:
-    """Six steps, and the last three again from the checkpoint of step 3."""
-    for name, source in (("whole", None), ("again", out / "whole" / "checkpoint-3")):
+def resume(model: str, out: Path, tuning: str = "lora", steps: int = 6, at: int = 3, **settings) -> None:
+    """So many steps, and those after ``at`` again from its checkpoint. On two ranks an epoch has six."""
+    for name, source in (("whole", None), ("again", out / "whole" / f"checkpoint-{at}")):
         trainer = sampling_trainer(
             ERPOTrainer,
             model,
             out / name,
             tuning=tuning,
-            max_steps=6,
+            max_steps=steps,
             save_strategy="steps",
-            save_steps=3,
+            save_steps=at,
             noise_floor_every=2,
             seed=7,
             **settings,
         )
+        trainer.keeps_rollouts = True
         trainer.train(resume_from_checkpoint=None if source is None else str(source))
         report(trainer, out / name)
+        prompts = [[example["prompt"] for example in batch.examples] for batch in trainer.rollout_log]
+        (out / name / f"prompts-{trainer.accelerator.process_index}.json").write_text(json.dumps(prompts))
 
 
 def sft(model: str, out: Path, hardware: dict, data_root: str, lora: dict | None, bf16: bool = False) -> None:

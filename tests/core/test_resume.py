@@ -1,19 +1,27 @@
 """What a later attempt goes on from: all of it, and not a step more."""
 
+import json
+import random
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from test_evaluating import EVALUATED, StopAt, evaluations, plain
+from test_plugins import register
+from test_preflight import DRAWS
 from test_trainer import Records, train
+from test_trainer_runs import SMALL_DATASET
 from transformers import AutoModelForCausalLM
 
 from erpo_core.checkpoints import checkpoint_folder, list_steps
 from erpo_core.job import ModelInput
 from erpo_core.trainer.callbacks import RecordCallback
+from erpo_core.trainer.randomness import RandomState
 from erpo_core.trainer.rollouts import SampledAnswers
+from erpo_core.trainer.state import FILE_NAME, RunState
 from tiny_model import make_tiny_model
 
 
@@ -151,3 +159,49 @@ def test_a_run_that_leaves_while_dead_groups_are_replaced_counts_nothing_twice(t
     assert [record.step for record in part.by_kind["checkpoint"]] == [2]
     rest = train(tiny, tmp_path / "rest", resume_from=checkpoint(tmp_path / "part", 2), **replaced)
     assert plain(part) + plain(rest) == plain(whole)
+
+
+@pytest.mark.bitwise
+@pytest.mark.parametrize(
+    ("left_in", "settings"),
+    [
+        pytest.param("_answer", {}, id="its first generation"),
+        pytest.param("_answer_together", {"dynamic_sampling": True, "dead_group_on": "outcome"}, id="new prompts"),
+    ],
+)
+def test_a_run_that_leaves_as_an_epoch_begins_draws_as_if_it_had_not(tiny, tmp_path, monkeypatch, left_in, settings):
+    """The epoch's iterator has drawn from torch's generator by then, rewards of dead groups from all generators."""
+    register(tmp_path / "site", monkeypatch, DRAWS, draws="own_rewards:draws")
+    settings = settings | {"dataset": SMALL_DATASET, "save_steps": 10, "outcome_reward": "regex"}
+    settings["rewards"] = [{"name": "draws"}, {"name": "regex", "args": {"pattern": "^[a-f]"}}]
+    stop, answer = StopAt(), getattr(SampledAnswers, left_in)
+
+    def ask_then_answer(trainer, *given):
+        stop.asked |= trainer.state.global_step == 2  # an epoch has two steps
+        return answer(trainer, *given)
+
+    whole = train(tiny, tmp_path / "whole", **settings)
+    with monkeypatch.context() as patch:
+        patch.setattr(SampledAnswers, left_in, ask_then_answer)
+        part = train(tiny, tmp_path / "part", records=stop, **settings)
+    assert [record.step for record in part.by_kind["checkpoint"]] == [2]
+    rest = train(tiny, tmp_path / "rest", resume_from=checkpoint(tmp_path / "part", 2), **settings)
+    assert plain(part) + plain(rest) == plain(whole)
+
+
+def test_random_states_are_gone_back_to_for_a_while():
+    def draw() -> list[float]:
+        return [random.random(), np.random.rand(), torch.rand(()).item()]
+
+    before = RandomState.current()
+    first, second = draw(), draw()
+    before.restore()
+    assert draw() == first
+    with before.restored():
+        assert draw() == first
+    assert draw() == second
+
+
+def test_a_checkpoint_of_another_version_is_read_as_far_as_it_is_known(tmp_path):
+    (tmp_path / FILE_NAME).write_text(json.dumps({"skipped_steps": 3, "a_name_of_old": 1}))
+    assert RunState.load(tmp_path) == RunState(skipped_steps=3)

@@ -152,6 +152,37 @@ def test_where_a_disk_is_missing_no_checkpoint_is_forgotten(database, settings):
         assert len(runs.list_checkpoints(session, claim.run_id)) == 3
 
 
+@pytest.mark.parametrize("name", ["step-30/manifest.json", "step-30", ""], ids=["a file", "the folder", "the disk"])
+def test_where_a_checkpoint_cannot_be_read_none_is_forgotten(database, settings, name):
+    with database.write() as session:
+        claim = train(session, settings)
+        parent = Path(runs.find_checkpoint(session, claim.run_id, "last").path).parent
+        (parent / "step-30" / "manifest.json").write_text('{"files": []}')
+        assert damaged(session, claim) == []
+        place = parent / name
+        place.rename(settings.artifacts_dir / "elsewhere")
+        place.symlink_to(place)  # no user can follow it
+        with pytest.raises(UnknownReferenceError, match="cannot be read") as caught:
+            damaged(session, claim)
+        assert caught.value.code == "checkpoint_missing"
+        place.unlink()
+        (settings.artifacts_dir / "elsewhere").rename(place)
+        assert damaged(session, claim) == []
+
+
+def test_an_older_checkpoint_that_cannot_be_read_keeps_nobody_from_the_newest(database, settings):
+    with database.write() as session:
+        claim = train(session, settings)
+        folders = checkpoint_folders(session, claim)
+        (folders[30] / "manifest.json").write_text('{"files": []}')
+        folders[10].rmdir()
+        folders[10].symlink_to(folders[10])
+        assert damaged(session, claim) == []
+        assert resolve_inputs(session, claim, settings).resume_from == folders[30]
+        with pytest.raises(UnknownReferenceError, match="cannot be read"):
+            resolve_model(session, {"run": claim.run_id, "checkpoint": 10})
+
+
 def test_an_evaluation_is_told_which_answers_are_stored(database, settings):
     with database.write() as session:
         create_job(session, kind="evaluate", spec={"model": "tiny"}, options={})

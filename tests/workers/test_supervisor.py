@@ -120,6 +120,34 @@ def test_a_checkpoint_that_is_long_to_read_keeps_its_lease(desk, database, setti
     assert beats[0] == job_id
 
 
+def test_a_checkpoint_that_cannot_be_read_fails_the_job_and_stays_with_its_rows(desk, database, settings):
+    """And the job goes on from it once it can be."""
+    left = ["once", str(settings.data_dir / "left"), [["metrics", 1, 5], ["checkpoint", 5], ["kill", 9]]]
+    job_id = submit(database, left, ["metrics", 6, 7])
+    desk.ring()
+    manifest = next(settings.artifacts_dir.rglob("manifest.json"))
+    manifest.rename(settings.data_dir / "kept")
+    manifest.symlink_to("/proc/self/mem")  # reading it is an input/output error
+    retry(database, job_id)
+    desk.ring()
+    job = job_of(database, job_id)
+    assert (job.status, job.status_reason) == ("failed", "checkpoint_missing")
+    assert "Input/output error" in job.error["message"]
+    assert str(manifest.parent) in job.error["message"]
+    assert (rewards(database, job_id), checkpoints(database, job_id)) == ([1, 2, 3, 4, 5], [5])
+    manifest.unlink()
+    (settings.data_dir / "kept").rename(manifest)
+    retry(database, job_id)
+    desk.ring()
+    assert job_of(database, job_id).status == "succeeded"
+    assert (rewards(database, job_id), checkpoints(database, job_id)) == ([1, 2, 3, 4, 5, 6, 7], [5])
+
+
+def retry(database, job_id) -> None:
+    with database.write() as session:
+        jobs.retry_job(session, job_id)
+
+
 def test_a_second_bell_for_a_job_is_harmless(desk, database, settings, stopping):
     job_id = submit(database, ["metrics", 1, 3], ["sleep", 0.5])
     other = Desk(settings, "worker-b", stopping)
