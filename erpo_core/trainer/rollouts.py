@@ -39,6 +39,7 @@ class SampledAnswers:
     watch: Watch | None = None
     """Told how far this rank's answers of a step are."""
     credited_rewards: Callable[[Tensor, Tensor], Tensor]
+    _policy: Any
     _engine_of: Sampler
     _resample_round = 0
     """Above 0 while dead groups are replaced."""
@@ -96,7 +97,8 @@ class SampledAnswers:
         }
         with self._autocast_scoring():  # the policy that is sampled is the one that is scored, but for its copies
             engine = self._engine()
-            call = {"n": n, "stop_ids": stop_token_ids(self.processing_class), "seed": seed, **sampling, **changes}
+            stop_ids = stop_token_ids(self.processing_class, self._policy)
+            call = {"n": n, "stop_ids": stop_ids, "seed": seed, **sampling, **changes}
             return ranks.sampled_together(self.accelerator, engine, watch, prompts, **call)
 
     def close(self) -> None:
