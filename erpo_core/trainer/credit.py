@@ -39,6 +39,8 @@ class TokenCredit:
     _of_generation: Totals
     _entropy_sums: list[float]
     _noise_step: int
+    _scored_step: int
+    """That the policy had made when ``old`` was scored."""
     _scores_in_float32: bool
     _timed: Callable[[str], AbstractContextManager[None]]
     _autocast: Callable[[bool], AbstractContextManager[None]]
@@ -66,12 +68,19 @@ class TokenCredit:
                     self._measure_noise(policy, batch.rollouts, scores.logps.detach())
         return scores
 
-    def _score_again(self, policy, batch: MicroBatch) -> Tensor:
-        """Log-probabilities (B, T) of the policy as it is now, with gradient."""
+    def _score_again(self, policy, batch: MicroBatch) -> tuple[Tensor, Scored]:
+        """Log-probabilities (B, T) of the policy as it is now, with gradient, and ``old`` with its entropies.
+
+        The exact KL takes another forward of the reference: of a policy that has moved since then there is none.
+        """
         with self._deterministic(policy), self._timed("forward"):
             scores = self._sparing_the_dead(lambda rollouts: self._scores(policy, rollouts), batch)
-        batch.old = replace(batch.old, leverage_norms=spread(scores.leverage_norms, batch.rollouts.mask))
-        return spread(scores.logps, batch.rollouts.mask)
+        norms, entropies, logps = (
+            spread(values, batch.rollouts.mask) for values in (scores.leverage_norms, scores.entropies, scores.logps)
+        )
+        batch.old = replace(batch.old, leverage_norms=norms)
+        kls = batch.old.kls if self.state.global_step == self._scored_step else None
+        return logps, replace(batch.old, entropies=entropies, kls=kls)
 
     def _sparing_the_dead(self, score: Callable[[Rollouts], TokenScores], batch: MicroBatch) -> TokenScores:
         """What ``score`` gives; without a KL term the dead groups have no gradient, and so no graph.
@@ -126,6 +135,7 @@ class TokenCredit:
 
     def _score_before_the_loss(self, batches: list[MicroBatch]) -> None:
         """``old`` of each: groups may lie across micro-batches and ranks."""
+        self._scored_step = self.state.global_step
         found = [spread_scores(self._score(self._policy, batch), batch.rollouts.mask) for batch in batches]
         columns = [stack_rows([columns[name] for columns in found]) for name in ("entropies", "logps", "ref_logps")]
         mask = stack_rows([batch.rollouts.mask for batch in batches])

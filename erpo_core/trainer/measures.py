@@ -27,7 +27,8 @@ def count_batch(totals: Totals, batch: "MicroBatch", scored: "Scored", terms: Lo
     mask, signals = batch.rollouts.mask, scored.signals
     totals.add_values("entropy", scored.entropies[mask])
     totals.add_values("kl", terms.kl[mask])
-    totals.add_values("kl/exact", scored.kls[mask])
+    if scored.kls is not None:
+        totals.add_values("kl/exact", scored.kls[mask])
     totals.add_values("clip_ratio/low_mean", terms.clipped_low[mask])
     totals.add_values("clip_ratio/high_mean", terms.clipped_high[mask])
     totals.add_values("clip_ratio/region_mean", (terms.clipped_low | terms.clipped_high)[mask])

@@ -65,7 +65,7 @@ class ERPOTrainer(ShardedWeights, ZeroParts, WholeCheckpoints, SampledAnswers, T
         self._totals, self._of_generation = Totals(), Totals()
         self._applied: list[tuple[Tensor, Tensor, Tensor]] = []
         self._entropy_sums = [0.0, 0.0, 0.0]
-        self._noise_step = -1
+        self._noise_step = self._scored_step = -1
         # TRL would load a reference by the model's name, or none at all where beta is 0; ERPO always needs its own.
         # Its vLLM merges the adapter into the base, which is our reference.
         kept = {"loss_type": args.loss_type, "beta": args.beta, "use_vllm": args.use_vllm}
@@ -98,7 +98,7 @@ class ERPOTrainer(ShardedWeights, ZeroParts, WholeCheckpoints, SampledAnswers, T
         if batch.old is None:
             logps, scored = self._score_in_the_loss(policy, batch)
         else:
-            logps, scored = self._score_again(policy, batch), batch.old
+            logps, scored = self._score_again(policy, batch)
         advantages = self._corrected(scored, batch)
         terms = erpo_loss(
             logps,

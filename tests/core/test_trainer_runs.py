@@ -361,3 +361,34 @@ def test_without_a_kl_term_dead_groups_cost_no_backward_and_change_nothing(tiny,
         names = [name for name in one if not name.startswith(("time/", "step_time"))]
         values = [np.array([entry[name] for name in names], float) for entry in (one, two)]
         np.testing.assert_allclose(*values, rtol=1e-3, atol=1e-5, err_msg=str(names))
+
+
+def test_an_update_on_the_same_answers_is_measured_on_the_policy_as_it_is_by_then(tiny, tmp_path):
+    trainer = make_trainer(tiny, tmp_path, num_iterations=2, max_steps=2, beta=0.1, learning_rate=0.05)
+    seen, compute = [], trainer._compute_loss
+
+    def scored_by_hand(model, batch):
+        with torch.no_grad():
+            seen.append(score_rollouts(trainer._policy, batch.rollouts, temperature=1.0).entropies)
+        return compute(model, batch)
+
+    trainer._compute_loss = scored_by_hand
+    trainer.train()
+    first, second = (logs for logs in trainer.state.log_history if "entropy" in logs)
+    for logs, entropies in zip((first, second), seen, strict=True):
+        assert logs["entropy"] == pytest.approx(entropies.mean().item(), rel=1e-5)
+        highest = entropies.sort().values[int(0.95 * len(entropies))].item()
+        assert logs["entropy/p95"] == pytest.approx(highest, rel=1e-5)
+    assert abs(first["entropy"] - second["entropy"]) > 1e-3
+    assert second["kl"] > 1e-3
+    assert first["kl/exact"] == pytest.approx(0, abs=1e-6)
+    assert second.get("kl/exact") is None
+
+
+def test_where_a_group_lies_in_several_micro_batches_the_exact_kl_of_the_step_is_told(tiny, tmp_path):
+    layout = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "max_steps": 2}
+    trainer = make_trainer(tiny, tmp_path, learning_rate=0.05, **layout)
+    trainer.train()
+    found = [logs["kl/exact"] for logs in trainer.state.log_history if "entropy" in logs]
+    assert found[0] == pytest.approx(0, abs=1e-6)
+    assert found[1] > 1e-3
