@@ -1,6 +1,6 @@
 """What is recorded of a step: ERPO's diagnostics, and the invariants of eq. 16 as the optimiser got them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -57,6 +57,14 @@ def count_verdicts(totals: Totals, verdicts: Sequence[str | None]) -> None:
         totals.add(f"verdict/{name}", judged.count(name), len(judged))
 
 
+def count_rewards(totals: Totals, rewards: Tensor, by_function: Mapping[str, Tensor]) -> None:
+    """Count the rewards of some answers, (B,), and those that each function gave; NaN was not judged."""
+    totals.add_values("reward", rewards[~rewards.isnan()])
+    totals.add_moments("reward_std", rewards[~rewards.isnan()])
+    for name, values in by_function.items():
+        totals.add_values(f"rewards/{name}", values[~values.isnan()])
+
+
 @torch.no_grad()
 def count_engine(totals: Totals, batch: "MicroBatch", scored: "Scored") -> None:
     """Count how far the engine's log-probabilities are from the trainer's, on the tokens that it gave them for."""
@@ -82,10 +90,8 @@ def count_groups(totals: Totals, rewards: Tensor, outcomes: Tensor, signals, mas
     heard = live_groups(signals.advantages, group_size)
     by_group = outcomes.view(-1, group_size)
     right, wrong = (by_group > 0).all(1), (by_group <= 0).all(1)
-    totals.add_values("reward", rewards[~rewards.isnan()])
     spread = rewards.view(-1, group_size).std(1)
     totals.add_values("erpo/group_reward_std", spread[~spread.isnan()])
-    totals.add_moments("reward_std", rewards[~rewards.isnan()])
     totals.add_values("erpo/frac_dead_groups", ~live)
     totals.add_values("erpo/frac_no_contrast", live & ~heard)
     totals.add_values("erpo/frac_all_right", right)

@@ -62,7 +62,7 @@ class ERPOTrainer(ShardedWeights, ZeroParts, WholeCheckpoints, SampledAnswers, T
         self.rollout_log: list[MicroBatch] = []
         self.run_state = RunState()
         self._seconds: defaultdict[str, float] = defaultdict(float)
-        self._totals, self._of_generation = Totals(), Totals()
+        self._totals = Totals()
         self._applied: list[tuple[Tensor, Tensor, Tensor]] = []
         self._entropy_sums = [0.0, 0.0, 0.0]
         self._noise_step = self._scored_step = -1
@@ -140,7 +140,7 @@ class ERPOTrainer(ShardedWeights, ZeroParts, WholeCheckpoints, SampledAnswers, T
         if self.accelerator.sync_gradients:
             ranks.sum_gradients(self.accelerator, self._policy)
             self._guard.look()
-            self._totals.merge(self._of_generation.state())
+            self._totals.merge(self._of_step.state())
             if self._applied:
                 self._count_applied()
             if self._traces_this_step():

@@ -17,6 +17,7 @@ from erpo_core.codec import decode_trace
 from erpo_core.errors import RunError
 from erpo_core.metric_names import describe
 from erpo_core.trainer.callbacks import RecordCallback
+from erpo_core.trainer.credit import TokenCredit
 from erpo_core.trainer.scoring import score_rollouts
 from tiny_model import make_tiny_model
 
@@ -392,3 +393,44 @@ def test_where_a_group_lies_in_several_micro_batches_the_exact_kl_of_the_step_is
     found = [logs["kl/exact"] for logs in trainer.state.log_history if "entropy" in logs]
     assert found[0] == pytest.approx(0, abs=1e-6)
     assert found[1] > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("size", "accumulation", "steps_per_generation"),
+    [
+        pytest.param(8, 1, 2, id="whole groups"),
+        pytest.param(2, 2, 8, id="groups in parts, whole in a step"),
+        pytest.param(2, 1, 4, id="parts of groups"),
+    ],
+)
+def test_each_step_of_a_generation_tells_of_its_own_answers(tiny, tmp_path, size, accumulation, steps_per_generation):
+    layout = {"per_device_train_batch_size": size, "gradient_accumulation_steps": accumulation}
+    layout |= {"steps_per_generation": steps_per_generation, "max_steps": steps_per_generation // accumulation}
+    trainer = make_trainer(tiny, tmp_path, **layout)
+    trainer.train()
+    logs = [entry for entry in trainer.state.log_history if "reward" in entry]
+    rewards = torch.cat([batch.rewards for batch in trainer.rollout_log])
+    lengths = [length for batch in trainer.rollout_log for length in batch.lengths]
+    share = size * accumulation
+    dead = rewards.view(-1, 4).std(1) == 0
+    for step, told in enumerate(logs):
+        own = slice(step * share, (step + 1) * share)
+        assert told["reward"] == pytest.approx(rewards[own].mean().item())
+        assert told["reward_std"] == pytest.approx(rewards[own].std().item(), nan_ok=True)
+        assert told["rewards/even_ids"] == told["reward"]
+        assert told["completions/mean_length"] == pytest.approx(np.mean(lengths[own]))
+        groups = {row // 4 for row in range(own.start, own.stop)}
+        assert told["erpo/frac_dead_groups"] == np.mean([dead[group].item() for group in groups])
+    assert len(logs) == layout["max_steps"]
+    assert len({told["reward"] for told in logs}) > 1
+
+
+def test_the_groups_of_a_step_are_those_of_its_answers_on_all_ranks():
+    """Two ranks with three steps of two answers each, in groups of four: no rank has whole groups."""
+    credit = SimpleNamespace(
+        args=SimpleNamespace(gradient_accumulation_steps=1, per_device_train_batch_size=2),
+        num_generations=4,
+        accelerator=SimpleNamespace(device="cpu"),
+    )
+    found = [TokenCredit._rows_of_groups(credit, 12, step, 3).view(3, 4).all(1).tolist() for step in range(3)]
+    assert found == [[True, True, False], [True, False, True], [False, True, True]]
