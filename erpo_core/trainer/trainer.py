@@ -166,11 +166,28 @@ class ERPOTrainer(ShardedWeights, ZeroParts, WholeCheckpoints, SampledAnswers, T
                 found = {name: v for name, v in found.items() if name not in measures.OF_REFERENCE}
             found["erpo/skipped_steps"] = self.run_state.skipped_steps
             found |= {f"time/{phase}": seconds for phase, seconds in self._seconds.items()}
+            found = self._told_by_rewards() | found
             for name, value in found.items():
                 self._metrics["train"][name] = [value]
             self._totals = Totals()
             self._seconds.clear()
         super().log(logs, start_time)
+
+    def _told_by_rewards(self) -> dict[str, float]:
+        """What reward functions have given to ``log_metric`` since the last call, each the mean over all ranks' values.
+
+        What they gave to ``log_extra`` goes where TRL keeps it. All ranks must call it.
+        """
+        values: defaultdict[str, list[float]] = defaultdict(list)
+        own = dict(self._pending_metrics), dict(self._pending_extra_logs)
+        for metrics, columns in ranks.gather_list(self.accelerator, [own]):
+            for name, given in metrics.items():
+                values[name] += map(float, given)
+            for name, given in columns.items():
+                self._logs["extra"][name].extend(given)
+        self._pending_metrics.clear()
+        self._pending_extra_logs.clear()
+        return {name: sum(given) / len(given) for name, given in values.items()}
 
     def _record(self, batch: MicroBatch, scored: Scored, terms: LossTerms, advantages: Tensor) -> None:
         measures.count_batch(self._totals, batch, scored, terms)

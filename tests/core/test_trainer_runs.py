@@ -395,6 +395,24 @@ def test_where_a_group_lies_in_several_micro_batches_the_exact_kl_of_the_step_is
     assert found[1] > 1e-3
 
 
+def test_what_a_reward_function_logs_is_logged_and_does_not_pile_up(tiny, tmp_path):
+    def reward(completion_ids, log_metric, log_extra, trainer_state, **_):
+        log_metric("mine", trainer_state.global_step)
+        log_metric("mine", trainer_state.global_step + 1)
+        log_metric("reward", 1e6)
+        log_extra("length", [len(ids) for ids in completion_ids])
+        return even_ids(completion_ids)
+
+    trainer = make_trainer(tiny, tmp_path, reward=reward, max_steps=3)
+    trainer.train()
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert [entry["mine"] for entry in logs] == [0.5, 1.5, 2.5]
+    assert max(entry["reward"] for entry in logs) <= 1, "what the trainer itself tells stays"
+    assert list(trainer._logs["extra"]["length"]) == trainer.rollout_log[0].lengths
+    assert not trainer._pending_metrics
+    assert not trainer._pending_extra_logs
+
+
 @pytest.mark.parametrize(
     ("size", "accumulation", "steps_per_generation"),
     [
