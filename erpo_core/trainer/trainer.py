@@ -36,6 +36,10 @@ from erpo_core.trainer.zero import ZeroParts
 
 _LAYOUTS = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.FSDP)
 
+_NO_EVALUATION = (
+    "not supported by ERPOTrainer; sample from the policy with trainer.sample, or name `eval_benchmarks` in a job"
+)
+
 
 class ERPOTrainer(ShardedWeights, ZeroParts, WholeCheckpoints, SampledAnswers, TokenCredit, GRPOTrainer):
     """Used as TRL's GRPOTrainer is: same constructor, same data set format; ``args`` is an :class:`ERPOConfig`.
@@ -89,6 +93,22 @@ class ERPOTrainer(ShardedWeights, ZeroParts, WholeCheckpoints, SampledAnswers, T
     def _policy(self):
         """The model below DDP's wrapper."""
         return self.accelerator.unwrap_model(self.model)
+
+    def evaluate(self, *args, **kwargs):
+        """Not supported: TRL's loop would take the answers that are trained on for those of a data set.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(f"evaluate: {_NO_EVALUATION}")
+
+    def predict(self, *args, **kwargs):
+        """Not supported, as :meth:`evaluate`.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(f"predict: {_NO_EVALUATION}")
 
     # --- loss
 

@@ -10,7 +10,7 @@ from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from test_trainer import DATASET, Records, rollouts, train
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from erpo_core import ERPOConfig, ERPOTrainer
 from erpo_core.codec import decode_trace
@@ -452,3 +452,20 @@ def test_the_groups_of_a_step_are_those_of_its_answers_on_all_ranks():
     )
     found = [TokenCredit._rows_of_groups(credit, 12, step, 3).view(3, 4).all(1).tolist() for step in range(3)]
     assert found == [[True, True, False], [True, False, True], [False, True, True]]
+
+
+@pytest.mark.parametrize("method", ["evaluate", "predict"])
+def test_trls_evaluation_is_refused_with_the_mend_and_disturbs_nothing(tiny, tmp_path, method):
+    trainer = make_trainer(tiny, tmp_path)
+    refused = []
+
+    class Between(TrainerCallback):
+        def on_step_end(self, args, state, control, **_):
+            with pytest.raises(ValueError, match=r"trainer\.sample.*eval_benchmarks") as caught:
+                getattr(trainer, method)(trainer.train_dataset)
+            refused.append(str(caught.value).partition(":")[0])
+
+    trainer.add_callback(Between())
+    trainer.train()
+    assert refused == [method, method]
+    assert ["reward" in entry for entry in trainer.state.log_history if "loss" in entry] == [True, True]
