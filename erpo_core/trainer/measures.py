@@ -1,6 +1,7 @@
 """What is recorded of a step: ERPO's diagnostics, and the invariants of eq. 16 as the optimiser got them."""
 
 from collections.abc import Mapping, Sequence
+from math import nan
 from typing import TYPE_CHECKING
 
 import torch
@@ -121,9 +122,11 @@ def step_metrics(totals: Totals, noise: float) -> dict[str, float]:
         found[name] = totals.std(name)
     found["reward_std"] = totals.std("reward_std", correction=1)
     found["erpo/progress_noise"] = noise
-    found["erpo/progress_snr"] = found["erpo/progress_std"] / noise if noise else float("nan")
+    found["erpo/progress_snr"] = found["erpo/progress_std"] / noise if noise else nan
     lengths = [totals.mean(f"length/{side}") for side in ("right", "wrong")]
-    found["completions/right_wrong_length_ratio"] = lengths[0] / lengths[1] if lengths[1] else float("nan")
+    found["completions/right_wrong_length_ratio"] = lengths[0] / lengths[1] if lengths[1] else nan
+    # Where no answer ended by itself, TRL has 0.
+    found = {"completions/min_terminated_length": nan, "completions/max_terminated_length": nan} | found
     found.pop("length/right", None)
     found.pop("length/wrong", None)
     return found | _of_tokens(*totals.tokens().unbind(1))
@@ -137,7 +140,7 @@ def live_groups(advantages: Tensor, group_size: int) -> Tensor:
 def _of_tokens(entropies: Tensor, credit: Tensor, gates: Tensor) -> dict[str, float]:
     names = ("entropy/p05", "entropy/p50", "entropy/p95")
     if not len(entropies):
-        return dict.fromkeys(names, float("nan"))
+        return dict.fromkeys(names, nan)
     order = entropies.argsort(stable=True)
     count = len(order)
     few, fifth = max(1, round(0.05 * count)), max(1, round(0.2 * count))
@@ -148,7 +151,7 @@ def _of_tokens(entropies: Tensor, credit: Tensor, gates: Tensor) -> dict[str, fl
             name: ranked[min(count - 1, int(q * count))].item()
             for name, q in zip(names, (0.05, 0.5, 0.95), strict=True)
         },
-        "erpo/credit_on_top20_entropy": credit[order[-fifth:]].sum().item() / total if total else float("nan"),
+        "erpo/credit_on_top20_entropy": credit[order[-fifth:]].sum().item() / total if total else nan,
         "erpo/max_abs_advantage": credit.max().item(),
         "erpo/gate_mean_top5": gates[order[-few:]].mean().item(),
         "erpo/gate_mean_bottom5": gates[order[:few]].mean().item(),
@@ -181,6 +184,7 @@ def _count_flips(totals: Totals, signals, advantages: Tensor, mask: Tensor) -> N
 
 
 def _count_lengths(totals: Totals, batch: "MicroBatch", mask: Tensor) -> None:
-    lengths, right = mask.sum(1).float(), (batch.outcomes > 0).to(mask.device)
-    totals.add_values("length/right", lengths[right])
-    totals.add_values("length/wrong", lengths[~right])
+    """An answer that nobody judged is neither right nor wrong."""
+    lengths, judged, outcomes = mask.sum(1).float(), ~batch.rewards.isnan(), batch.outcomes
+    totals.add_values("length/right", lengths[((outcomes > 0) & judged).to(mask.device)])
+    totals.add_values("length/wrong", lengths[((outcomes <= 0) & judged).to(mask.device)])

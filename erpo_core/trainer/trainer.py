@@ -8,6 +8,8 @@ are formed from the very forward that is differentiated: ERPO then costs no forw
 import time
 from collections import defaultdict
 from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import fields
+from inspect import Signature, signature
 
 import torch
 from accelerate import DistributedType
@@ -35,7 +37,8 @@ from erpo_core.trainer.traces import traced_answers
 from erpo_core.trainer.zero import ZeroParts
 
 _LAYOUTS = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.FSDP)
-
+_AFTER_ARGS = Signature(list(signature(GRPOTrainer.__init__).parameters.values())[4:])
+"""TRL's arguments after ``args``, which may be given by position."""
 _NO_EVALUATION = (
     "not supported by ERPOTrainer; sample from the policy with trainer.sample, or name `eval_benchmarks` in a job"
 )
@@ -51,7 +54,8 @@ class ERPOTrainer(ShardedWeights, ZeroParts, WholeCheckpoints, SampledAnswers, T
     _tag_names = ("trl", "erpo")
     _name = "ERPO"
 
-    def __init__(self, model, reward_funcs=None, args: ERPOConfig | None = None, **kwargs) -> None:
+    def __init__(self, model, reward_funcs=None, args: ERPOConfig | None = None, *rest, **kwargs) -> None:
+        kwargs = _AFTER_ARGS.bind(*rest, **kwargs).arguments
         if args is None:
             args = ERPOConfig("erpo-output")
         if not isinstance(args, ERPOConfig):
@@ -59,6 +63,9 @@ class ERPOTrainer(ShardedWeights, ZeroParts, WholeCheckpoints, SampledAnswers, T
         for name in ("tools", "rollout_func", "environment_factory", "eval_dataset"):
             if kwargs.get(name) is not None:
                 raise ValueError(f"{name}: not supported by ERPOTrainer; leave it out")
+        for name in ("image", "images"):
+            if name in (getattr(kwargs.get("train_dataset"), "column_names", None) or ()):
+                raise ValueError(f"train_dataset: column {name!r}: ERPOTrainer trains models of text; remove it")
         if getattr(kwargs.get("peft_config"), "lora_dropout", 0):
             raise ValueError("peft_config: lora_dropout does nothing, scoring is without dropout; write 0")
         self.keeps_rollouts = self.keeps_traces = False
@@ -81,6 +88,7 @@ class ERPOTrainer(ShardedWeights, ZeroParts, WholeCheckpoints, SampledAnswers, T
         widen_adapters(self._policy)
         self.beta = args.beta
         self._check_layout()
+        self._check_outcome()
         self._reference = Reference(self._policy)
         self._engine_of = make_sampler(args, self._policy, self.processing_class, self.accelerator)
         self._scores_in_float32 = self._resolve_scoring_dtype() == "float32"
@@ -273,6 +281,12 @@ class ERPOTrainer(ShardedWeights, ZeroParts, WholeCheckpoints, SampledAnswers, T
 
     def _autocast(self, wanted: bool):
         return self.accelerator.autocast() if wanted else nullcontext()
+
+    def _check_outcome(self) -> None:
+        default = next(field.default for field in fields(self.args) if field.name == "outcome_reward")
+        wanted, known = self.args.outcome_reward, self.reward_func_names
+        if wanted != default and wanted not in known:
+            raise ValueError(f"outcome_reward: {wanted!r} is no reward function; write one of {', '.join(known)}")
 
     def _check_layout(self) -> None:
         window = self.args.gradient_accumulation_steps

@@ -230,6 +230,55 @@ def test_an_answer_that_no_function_judged_moves_nothing(tiny, tmp_path):
     assert not batch.rollouts.mask[::4].any()
     assert batch.rollouts.mask[1].any()
     assert (batch.weights[:, None] * batch.rollouts.mask).sum().item() == pytest.approx(1)
+    lengths = np.array([length for row, length in enumerate(batch.lengths) if row % 4])
+    right = batch.rewards[~batch.rewards.isnan()].numpy() > 0
+    (logs,) = (entry for entry in trainer.state.log_history if "reward" in entry)
+    ratio = lengths[right].mean() / lengths[~right].mean()
+    assert logs["completions/right_wrong_length_ratio"] == pytest.approx(ratio)
+
+
+def test_where_no_answer_ends_by_itself_nothing_is_told_of_such_answers(tiny, tmp_path):
+    def reward(completion_ids, **_):
+        return [float(row % 2) for row in range(len(completion_ids))]
+
+    trainer = make_trainer(tiny, tmp_path, reward=reward, max_completion_length=1, max_steps=1)
+    trainer.train()
+    (batch,) = trainer.rollout_log
+    assert not batch.finished.any()
+    (logs,) = (entry for entry in trainer.state.log_history if "reward" in entry)
+    assert [logs.get(f"completions/{kind}_terminated_length") for kind in ("mean", "min", "max")] == [None] * 3
+    assert logs["completions/min_length"] == 1
+
+
+def test_trls_order_of_the_arguments_is_taken(tiny, tmp_path):
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny), AutoTokenizer.from_pretrained(tiny)
+    dataset = Dataset.from_dict({"prompt": ["1+1="] * 4})
+    args = ERPOConfig(str(tmp_path), num_generations=4, per_device_train_batch_size=4, use_cpu=True)
+    trainer = ERPOTrainer(model, even_ids, args, dataset, None, tokenizer)
+    assert trainer.train_dataset is dataset
+    assert trainer.processing_class is tokenizer
+    with pytest.raises(TypeError, match="train_dataset"):
+        ERPOTrainer(model, even_ids, args, dataset, train_dataset=dataset)
+    with pytest.raises(ValueError, match="eval_dataset"):
+        ERPOTrainer(model, even_ids, args, dataset, dataset)
+
+
+def test_a_column_of_images_is_refused_by_name(tmp_path):
+    for column in ("image", "images"):
+        with pytest.raises(ValueError, match=f"train_dataset: column '{column}'"):
+            ERPOTrainer(
+                None,
+                even_ids,
+                ERPOConfig(str(tmp_path), use_cpu=True),
+                Dataset.from_dict({"prompt": ["?"], column: [0]}),
+            )
+
+
+def test_an_outcome_that_is_none_of_the_rewards_is_refused(tiny, tmp_path):
+    with pytest.raises(ValueError, match="outcome_reward: 'evn_ids' is no reward function; write one of even_ids"):
+        make_trainer(tiny, tmp_path, outcome_reward="evn_ids")
+    assert make_trainer(tiny, tmp_path, outcome_reward="even_ids")._outcome_index() == 0
+    assert make_trainer(tiny, tmp_path)._outcome_index() == 0
 
 
 def weights_after(tiny, folder, **layout) -> tuple[torch.Tensor, list[str]]:
