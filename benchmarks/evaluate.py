@@ -124,7 +124,7 @@ def run_ours(options: argparse.Namespace) -> dict[str, float]:
         # Both evaluations get the same engine, so that the second finds it as warm as the plain loop finds its own.
         evaluation_model.open_vllm = lambda *_, **__: nullcontext(opened)
         if not options.natural_ends:
-            evaluation_model.stop_token_ids = lambda _: []
+            evaluation_model.stop_token_ids = lambda *_: []
         nowhere = Nowhere()
         run_evaluation(make_spec(options, limit=1), inputs, nowhere, nowhere)
         sink = Stored(channel)
@@ -181,7 +181,7 @@ def run_plain(options: argparse.Namespace) -> dict[str, float]:
         n=options.num_samples,
         temperature=1.0,
         max_tokens=options.max_tokens,
-        stop_token_ids=stop_token_ids(tokenizer) if options.natural_ends else [],
+        stop_token_ids=stop_token_ids(tokenizer, path) if options.natural_ends else [],
         ignore_eos=not options.natural_ends,
     )
     llm.chat(chats[:1], params, use_tqdm=False)

@@ -48,7 +48,7 @@ class EvaluatedModel:
         self._path = prepare_model(first.model.base, cache_dir=first.cache_dir, model_roots=first.model_roots)
         self._adapters = {run.run_id: adapter_folder(run) for run in runs}
         self.tokenizer = load_tokenizer(self._path)
-        self.stop_ids = stop_token_ids(self.tokenizer)
+        self.stop_ids = stop_token_ids(self.tokenizer, self._path)
         tasks = make_tasks(problems, self.tokenizer, spec.prompt)
         _check_places(self._path, tasks, spec)
         self._max_model_len = len(longest_of(tasks).ids) + spec.sampling.max_completion_length

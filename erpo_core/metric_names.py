@@ -15,7 +15,7 @@ METRICS: dict[str, str] = {
     "entropy/p50": "Their median.",
     "entropy/p95": "Their 95th percentile.",
     "kl": "k3 estimate of KL(policy || reference), mean over tokens.",
-    "kl/exact": "KL(policy || reference) over the whole vocabulary, mean over tokens.",
+    "kl/exact": "KL(policy || reference) over the whole vocabulary, mean over tokens; of a generation's first update.",
     "grad_norm": "Norm of the gradient before clipping.",
     "learning_rate": "Learning rate of the step.",
     "clip_ratio/low_mean": "Share of tokens clipped at 1 - epsilon.",

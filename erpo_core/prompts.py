@@ -1,6 +1,8 @@
 """How a problem becomes a prompt, and where an answer ends."""
 
 import hashlib
+from pathlib import Path
+from typing import Any
 
 from erpo_core.specs.common import PromptSpec
 
@@ -34,21 +36,31 @@ def prompt_ids(tokenizer, problem: str, spec: PromptSpec) -> list[int]:
     return tokenizer(prompt_text(tokenizer, problem, spec), add_special_tokens=False)["input_ids"]
 
 
-def stop_token_ids(tokenizer) -> list[int]:
-    """Tokens that end an answer: a base model's own end of text and the chat template's end of turn."""
+def stop_token_ids(tokenizer, model: Any) -> list[int]:
+    """Tokens that end an answer: a base model's own end of text, the chat template's end of turn, and every end that
+    the model's generation config declares, as in TRL and vLLM: that of Phi-4 and GLM-4 stands nowhere else.
+
+    Args:
+        model: In memory, an adapter on it or not, or the folder that it is loaded from.
+    """
     vocabulary = tokenizer.get_vocab()
-    ends = {tokenizer.eos_token_id, *(vocabulary.get(name) for name in _END_TOKENS)}
+    config = _generation_config(model) if isinstance(model, Path) else model.generation_config
+    declared = config.eos_token_id
+    declared = declared if isinstance(declared, list) else [declared]
+    ends = {tokenizer.eos_token_id, *declared, *(vocabulary.get(name) for name in _END_TOKENS)}
     return sorted(end for end in ends if end is not None)
 
 
-def end_token_id(tokenizer, spec: PromptSpec) -> int:
-    """The token that closes an answer: the chat template's end of turn, without a template the tokenizer's own end."""
+def end_token_id(tokenizer, spec: PromptSpec, stop_ids: list[int]) -> int:
+    """The token that closes an answer: the chat template's end of turn, without a template the tokenizer's own end.
+
+    ``stop_ids``: of :func:`stop_token_ids`.
+    """
     if spec.template != "raw" and tokenizer.chat_template is not None:
         turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "{answer}"}]
         _, _, after = tokenizer.apply_chat_template(turns, tokenize=False).rpartition("{answer}")
-        ends = set(stop_token_ids(tokenizer))
         for token in tokenizer(after, add_special_tokens=False)["input_ids"]:
-            if token in ends:
+            if token in stop_ids:
                 return token
     return tokenizer.eos_token_id
 
@@ -56,6 +68,16 @@ def end_token_id(tokenizer, spec: PromptSpec) -> int:
 def template_digest(tokenizer, spec: PromptSpec) -> str:
     """sha256 of what a probe problem becomes: everything of the prompt but the problem."""
     return hashlib.sha256(prompt_text(tokenizer, "{problem}", spec).encode()).hexdigest()
+
+
+def _generation_config(folder: Path) -> Any:
+    """What the model of a folder has as ``generation_config``: without such a file, what its configuration says."""
+    from transformers import GenerationConfig
+
+    try:
+        return GenerationConfig.from_pretrained(folder)
+    except OSError:
+        return GenerationConfig.from_pretrained(folder, config_file_name="config.json")
 
 
 def _with(problem: str, instruction: str | None) -> str:

@@ -115,7 +115,7 @@ def find_branches(spec: BranchSpec, model: Any, tokenizer: Any, scored: Any) -> 
     ids, logps = best_tokens(model, scored, last, spec.num_alternatives, temperature=spec.temperature)
     found = dict(zip(ids[0].tolist(), logps[0].tolist(), strict=True))
     found.setdefault(written, float(scored.columns["logp"][-1]))
-    ends = set(stop_token_ids(tokenizer))
+    ends = set(stop_token_ids(tokenizer, model))
     return [
         Branch(token, tokenizer.decode([token]), logp, token == written, token in ends) for token, logp in found.items()
     ]
@@ -146,7 +146,7 @@ class _Tree:
 
     def _continue(self, branches: Sequence[Branch], start: int) -> dict[str, list[dict[str, Any]]]:
         """All continuations share the prompt and what was written before the place."""
-        sampling, stop_ids = self.spec.sampling, stop_token_ids(self.engine.tokenizer)
+        sampling, stop_ids = self.spec.sampling, stop_token_ids(self.engine.tokenizer, self.engine.model)
         open_ends = [branch for branch in branches if not branch.is_end]
         groups = self.engine.generate(
             [[*self.prompt, *self.prefix, branch.token_id] for branch in open_ends],

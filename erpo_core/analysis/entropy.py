@@ -64,7 +64,7 @@ def run_entropy(spec: EntropySpec, inputs: JobInputs, sink: Sink, stop: Stop) ->
     if problems:
         check_room(spec, problems, room)
         total = len(problems) * spec.num_samples
-        engine, stop_ids = TransformersEngine(model, tokenizer), stop_token_ids(tokenizer)
+        engine, stop_ids = TransformersEngine(model, tokenizer), stop_token_ids(tokenizer, model)
         engine.watch = watch_and_leave(stop)
         answers = sampled_answers(spec, problems, engine, stop_ids, stored, sink)
     else:

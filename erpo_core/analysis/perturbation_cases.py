@@ -227,7 +227,7 @@ def sample(
         top_p=sampling.top_p,
         top_k=sampling.top_k,
         max_new_tokens=sampling.max_completion_length,
-        stop_ids=stop_token_ids(engine.tokenizer),
+        stop_ids=stop_token_ids(engine.tokenizer, engine.model),
         seed=seed,
     )
 

@@ -34,7 +34,8 @@ class Scored:
     entropies: Tensor
     leverage_norms: Tensor | None
     """Of the forward that is differentiated; None before it."""
-    kls: Tensor
+    kls: Tensor | None
+    """KL(policy || reference) over the whole vocabulary; None where the reference was not scored with this policy."""
     signals: ERPOSignals
     advantages: Tensor
     gate_stats: tuple[float, float] | None

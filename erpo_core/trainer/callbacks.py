@@ -13,6 +13,7 @@ from erpo_core.checkpoints import checkpoint_folder, manifest_files
 from erpo_core.generation.base import watch_and_leave
 from erpo_core.job import Stop
 from erpo_core.records import Checkpoint, Completions, Event, Metrics, Progress, Sink
+from erpo_core.rewards.answers import has_answer
 from erpo_core.trainer.ranks import total_of
 from erpo_core.trainer.traces import trace_records
 
@@ -202,7 +203,7 @@ def _completion_rows(batches: list, group_size: int) -> list[dict[str, Any]]:
                     "reward": float(batch.rewards[index]),
                     "advantage": advantages[index],
                     "verdict": batch.verdicts[index] if batch.verdicts else None,
-                    "boxed": bool(rewards.get("boxed_format", 0) > 0),
+                    "boxed": has_answer(batch.completions[index]),
                     "truncated": not bool(batch.finished[index]),
                     "num_tokens": batch.lengths[index],
                 }

@@ -117,6 +117,8 @@ class ERPOConfig(GRPOConfig):
             value = getattr(self, name)
             if value is None or value < least:
                 raise ValueError(f"{name}: {value!r} is not a number of at least {least}")
+        if not self.temperature > 0:
+            raise ValueError(f"temperature: {self.temperature!r} is not above 0; greedy answers of a group are all one")
         if not 0 < self.top_entropy_quantile <= 1:
             raise ValueError(f"top_entropy_quantile: {self.top_entropy_quantile!r} is not above 0 and at most 1")
         if not 0 <= self.entropy_ema_decay < 1:

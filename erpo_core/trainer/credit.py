@@ -36,9 +36,11 @@ class TokenCredit:
     _policy: Any
     _reference: Reference
     _totals: Totals
-    _of_generation: Totals
+    _of_steps: list[Totals]
     _entropy_sums: list[float]
     _noise_step: int
+    _scored_step: int
+    """That the policy had made when ``old`` was scored."""
     _scores_in_float32: bool
     _timed: Callable[[str], AbstractContextManager[None]]
     _autocast: Callable[[bool], AbstractContextManager[None]]
@@ -66,12 +68,19 @@ class TokenCredit:
                     self._measure_noise(policy, batch.rollouts, scores.logps.detach())
         return scores
 
-    def _score_again(self, policy, batch: MicroBatch) -> Tensor:
-        """Log-probabilities (B, T) of the policy as it is now, with gradient."""
+    def _score_again(self, policy, batch: MicroBatch) -> tuple[Tensor, Scored]:
+        """Log-probabilities (B, T) of the policy as it is now, with gradient, and ``old`` with its entropies.
+
+        The exact KL takes another forward of the reference: of a policy that has moved since then there is none.
+        """
         with self._deterministic(policy), self._timed("forward"):
             scores = self._sparing_the_dead(lambda rollouts: self._scores(policy, rollouts), batch)
-        batch.old = replace(batch.old, leverage_norms=spread(scores.leverage_norms, batch.rollouts.mask))
-        return spread(scores.logps, batch.rollouts.mask)
+        norms, entropies, logps = (
+            spread(values, batch.rollouts.mask) for values in (scores.leverage_norms, scores.entropies, scores.logps)
+        )
+        batch.old = replace(batch.old, leverage_norms=norms)
+        kls = batch.old.kls if self.state.global_step == self._scored_step else None
+        return logps, replace(batch.old, entropies=entropies, kls=kls)
 
     def _sparing_the_dead(self, score: Callable[[Rollouts], TokenScores], batch: MicroBatch) -> TokenScores:
         """What ``score`` gives; without a KL term the dead groups have no gradient, and so no graph.
@@ -120,12 +129,13 @@ class TokenCredit:
         columns["logps"] = logps.detach()
         names = ("entropies", "logps", "ref_logps")
         known = [columns[name] for name in names]
-        signals = self._signals(*known, mask, batch.rewards, batch.outcomes, self._totals)
+        signals = self._signals(*known, mask, batch.rewards, batch.outcomes, [self._totals])
         advantages = self._final(signals, mask, columns["entropies"])
         return logps, Scored(**columns, signals=signals, advantages=advantages, gate_stats=self._gate_stats)
 
     def _score_before_the_loss(self, batches: list[MicroBatch]) -> None:
         """``old`` of each: groups may lie across micro-batches and ranks."""
+        self._scored_step = self.state.global_step
         found = [spread_scores(self._score(self._policy, batch), batch.rollouts.mask) for batch in batches]
         columns = [stack_rows([columns[name] for columns in found]) for name in ("entropies", "logps", "ref_logps")]
         mask = stack_rows([batch.rollouts.mask for batch in batches])
@@ -136,11 +146,11 @@ class TokenCredit:
                 ranks.gather_rows(self.accelerator, values) for values in (*columns, mask, rewards, outcomes)
             )
             # Every rank has the same groups: one of them counts.
-            totals = self._of_generation if self.accelerator.is_main_process else Totals()
-            signals = self._signals(*columns, whole, rewards, outcomes, totals)
+            of_steps = self._of_steps if self.accelerator.is_main_process else []
+            signals = self._signals(*columns, whole, rewards, outcomes, of_steps)
             signals = ranks.local_signals(self.accelerator, signals, mask)
         else:
-            signals = self._signals(*columns, mask, rewards, outcomes, self._of_generation)
+            signals = self._signals(*columns, mask, rewards, outcomes, self._of_steps)
         for batch, scores in zip(batches, found, strict=True):
             rows = slice(batch.first_row, batch.first_row + len(batch.rewards))
             own = replace(
@@ -150,8 +160,8 @@ class TokenCredit:
             columns = scores | {"leverage_norms": None}
             batch.old = Scored(**columns, signals=own, advantages=advantages, gate_stats=self._gate_stats)
 
-    def _signals(self, entropies, logps, ref_logps, mask, rewards, outcomes, totals: Totals) -> ERPOSignals:
-        """Eqs. 3 and 7-10 for whole groups; what is counted of them goes to ``totals``."""
+    def _signals(self, entropies, logps, ref_logps, mask, rewards, outcomes, of_steps: list[Totals]) -> ERPOSignals:
+        """Eqs. 3 and 7-10 for whole groups; what is counted of them goes to the steps that are trained on them."""
         args = self.args
         entropy_mean, entropy_std = self._gate_stats or (None, None)
         # Scores that are not finite make the loss, and so the step, void; here they must only not raise.
@@ -175,14 +185,31 @@ class TokenCredit:
             anchor=args.anchor,
             norm=args.norm,
         )
-        measures.count_groups(totals, rewards, outcomes, signals, mask, self.num_generations)
+        for step, totals in enumerate(of_steps):
+            rows = self._rows_of_groups(len(mask), step, len(of_steps))
+            of_step = replace(signals, **{name: values[rows] for name, values in vars(signals).items()})
+            self._count_groups(totals, rewards[rows], outcomes[rows], of_step, mask[rows])
         live = measures.live_groups(signals.advantages, self.num_generations)
-        if args.algorithm == "erpo":
-            measures.count_invariants(totals, "", signals.advantages, live, mask, self.num_generations)
         wide = entropies[mask & live.repeat_interleave(self.num_generations)[:, None]].detach().double()
         for index, value in enumerate((len(wide), wide.sum().item(), wide.square().sum().item())):
             self._entropy_sums[index] += value
         return signals
+
+    def _rows_of_groups(self, count: int, step: int, steps: int) -> Tensor:
+        """(B,) bool: the ``count`` rows of all groups of which this step of the generation has an answer or more.
+
+        Rank by rank, and in each the answers of one step after the other's.
+        """
+        share = self.args.gradient_accumulation_steps * self.args.per_device_train_batch_size
+        of_step = torch.arange(count, device=self.accelerator.device) // share % steps == step
+        return of_step.view(-1, self.num_generations).any(1).repeat_interleave(self.num_generations)
+
+    def _count_groups(self, totals: Totals, rewards, outcomes, signals: ERPOSignals, mask: Tensor) -> None:
+        size = self.num_generations
+        measures.count_groups(totals, rewards, outcomes, signals, mask, size)
+        if self.args.algorithm == "erpo":
+            live = measures.live_groups(signals.advantages, size)
+            measures.count_invariants(totals, "", signals.advantages, live, mask, size)
 
     @property
     def _gate_stats(self) -> tuple[float, float] | None:

@@ -77,9 +77,11 @@ def with_completion_length(spec: GrpoTrainSpec, dataset) -> GrpoTrainSpec:
     return spec.model_copy(update={"max_completion_length": spec.max_length - longest})
 
 
-def make_solution_dataset(tokenizer, problems: list[Problem], spec: SftTrainSpec):
+def make_solution_dataset(tokenizer, problems: list[Problem], spec: SftTrainSpec, stop_ids: list[int]):
     """Rows of ``input_ids`` (the prompt as an evaluation has it, the solution, the end of the turn) and ``labels``
     (-100 in the prompt); and how many of the solved problems were too long.
+
+    ``stop_ids``: tokens that end the model's answers.
 
     Raises:
         DatasetError: none is solved, or none is short enough.
@@ -87,7 +89,7 @@ def make_solution_dataset(tokenizer, problems: list[Problem], spec: SftTrainSpec
     from datasets import Dataset
 
     problems = solved(problems, spec.dataset)
-    end = end_token_id(tokenizer, spec.prompt)
+    end = end_token_id(tokenizer, spec.prompt, stop_ids)
     rows: list[dict[str, Any]] = []
     for problem in problems:
         prompt = prompt_ids(tokenizer, problem.problem, spec.prompt)

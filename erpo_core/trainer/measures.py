@@ -1,6 +1,7 @@
 """What is recorded of a step: ERPO's diagnostics, and the invariants of eq. 16 as the optimiser got them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from math import nan
 from typing import TYPE_CHECKING
 
 import torch
@@ -27,7 +28,8 @@ def count_batch(totals: Totals, batch: "MicroBatch", scored: "Scored", terms: Lo
     mask, signals = batch.rollouts.mask, scored.signals
     totals.add_values("entropy", scored.entropies[mask])
     totals.add_values("kl", terms.kl[mask])
-    totals.add_values("kl/exact", scored.kls[mask])
+    if scored.kls is not None:
+        totals.add_values("kl/exact", scored.kls[mask])
     totals.add_values("clip_ratio/low_mean", terms.clipped_low[mask])
     totals.add_values("clip_ratio/high_mean", terms.clipped_high[mask])
     totals.add_values("clip_ratio/region_mean", (terms.clipped_low | terms.clipped_high)[mask])
@@ -56,6 +58,14 @@ def count_verdicts(totals: Totals, verdicts: Sequence[str | None]) -> None:
         totals.add(f"verdict/{name}", judged.count(name), len(judged))
 
 
+def count_rewards(totals: Totals, rewards: Tensor, by_function: Mapping[str, Tensor]) -> None:
+    """Count the rewards of some answers, (B,), and those that each function gave; NaN was not judged."""
+    totals.add_values("reward", rewards[~rewards.isnan()])
+    totals.add_moments("reward_std", rewards[~rewards.isnan()])
+    for name, values in by_function.items():
+        totals.add_values(f"rewards/{name}", values[~values.isnan()])
+
+
 @torch.no_grad()
 def count_engine(totals: Totals, batch: "MicroBatch", scored: "Scored") -> None:
     """Count how far the engine's log-probabilities are from the trainer's, on the tokens that it gave them for."""
@@ -81,10 +91,8 @@ def count_groups(totals: Totals, rewards: Tensor, outcomes: Tensor, signals, mas
     heard = live_groups(signals.advantages, group_size)
     by_group = outcomes.view(-1, group_size)
     right, wrong = (by_group > 0).all(1), (by_group <= 0).all(1)
-    totals.add_values("reward", rewards[~rewards.isnan()])
     spread = rewards.view(-1, group_size).std(1)
     totals.add_values("erpo/group_reward_std", spread[~spread.isnan()])
-    totals.add_moments("reward_std", rewards[~rewards.isnan()])
     totals.add_values("erpo/frac_dead_groups", ~live)
     totals.add_values("erpo/frac_no_contrast", live & ~heard)
     totals.add_values("erpo/frac_all_right", right)
@@ -114,9 +122,11 @@ def step_metrics(totals: Totals, noise: float) -> dict[str, float]:
         found[name] = totals.std(name)
     found["reward_std"] = totals.std("reward_std", correction=1)
     found["erpo/progress_noise"] = noise
-    found["erpo/progress_snr"] = found["erpo/progress_std"] / noise if noise else float("nan")
+    found["erpo/progress_snr"] = found["erpo/progress_std"] / noise if noise else nan
     lengths = [totals.mean(f"length/{side}") for side in ("right", "wrong")]
-    found["completions/right_wrong_length_ratio"] = lengths[0] / lengths[1] if lengths[1] else float("nan")
+    found["completions/right_wrong_length_ratio"] = lengths[0] / lengths[1] if lengths[1] else nan
+    # Where no answer ended by itself, TRL has 0.
+    found = {"completions/min_terminated_length": nan, "completions/max_terminated_length": nan} | found
     found.pop("length/right", None)
     found.pop("length/wrong", None)
     return found | _of_tokens(*totals.tokens().unbind(1))
@@ -130,7 +140,7 @@ def live_groups(advantages: Tensor, group_size: int) -> Tensor:
 def _of_tokens(entropies: Tensor, credit: Tensor, gates: Tensor) -> dict[str, float]:
     names = ("entropy/p05", "entropy/p50", "entropy/p95")
     if not len(entropies):
-        return dict.fromkeys(names, float("nan"))
+        return dict.fromkeys(names, nan)
     order = entropies.argsort(stable=True)
     count = len(order)
     few, fifth = max(1, round(0.05 * count)), max(1, round(0.2 * count))
@@ -141,7 +151,7 @@ def _of_tokens(entropies: Tensor, credit: Tensor, gates: Tensor) -> dict[str, fl
             name: ranked[min(count - 1, int(q * count))].item()
             for name, q in zip(names, (0.05, 0.5, 0.95), strict=True)
         },
-        "erpo/credit_on_top20_entropy": credit[order[-fifth:]].sum().item() / total if total else float("nan"),
+        "erpo/credit_on_top20_entropy": credit[order[-fifth:]].sum().item() / total if total else nan,
         "erpo/max_abs_advantage": credit.max().item(),
         "erpo/gate_mean_top5": gates[order[-few:]].mean().item(),
         "erpo/gate_mean_bottom5": gates[order[:few]].mean().item(),
@@ -174,6 +184,7 @@ def _count_flips(totals: Totals, signals, advantages: Tensor, mask: Tensor) -> N
 
 
 def _count_lengths(totals: Totals, batch: "MicroBatch", mask: Tensor) -> None:
-    lengths, right = mask.sum(1).float(), (batch.outcomes > 0).to(mask.device)
-    totals.add_values("length/right", lengths[right])
-    totals.add_values("length/wrong", lengths[~right])
+    """An answer that nobody judged is neither right nor wrong."""
+    lengths, judged, outcomes = mask.sum(1).float(), ~batch.rewards.isnan(), batch.outcomes
+    totals.add_values("length/right", lengths[((outcomes > 0) & judged).to(mask.device)])
+    totals.add_values("length/wrong", lengths[((outcomes <= 0) & judged).to(mask.device)])

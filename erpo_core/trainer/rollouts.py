@@ -39,12 +39,15 @@ class SampledAnswers:
     watch: Watch | None = None
     """Told how far this rank's answers of a step are."""
     credited_rewards: Callable[[Tensor, Tensor], Tensor]
+    _policy: Any
     _engine_of: Sampler
     _resample_round = 0
     """Above 0 while dead groups are replaced."""
     _totals: Totals
-    _of_generation: Totals
-    """What holds of the answers at hand, counted towards each step that is trained on them."""
+    _of_steps: list[Totals]
+    """What holds of the answers at hand, by the optimizer step of the generation that is trained on them."""
+    _of_step: Totals
+    """Of those, the one at hand."""
     _timed: Callable[[str], AbstractContextManager[None]]
     _autocast_scoring: Callable[[], AbstractContextManager[None]]
 
@@ -68,7 +71,9 @@ class SampledAnswers:
         cycle = self.args.steps_per_generation * self.num_iterations
         if self._step % cycle == 0 or self._buffered_inputs is None:
             self._buffered_inputs = self._roll_out(generation_batch)
-        return self._buffered_inputs[self._step % self.args.steps_per_generation]
+        place = self._step % self.args.steps_per_generation
+        self._of_step = self._of_steps[place // self.args.gradient_accumulation_steps]
+        return self._buffered_inputs[place]
 
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, has_tool_images=False):
         groups = prompt_runs(prompt_ids, num_generations)
@@ -97,7 +102,8 @@ class SampledAnswers:
         }
         with self._autocast_scoring():  # the policy that is sampled is the one that is scored, but for its copies
             engine = self._engine()
-            call = {"n": n, "stop_ids": stop_token_ids(self.processing_class), "seed": seed, **sampling, **changes}
+            stop_ids = stop_token_ids(self.processing_class, self._policy)
+            call = {"n": n, "stop_ids": stop_ids, "seed": seed, **sampling, **changes}
             return ranks.sampled_together(self.accelerator, engine, watch, prompts, **call)
 
     def close(self) -> None:
@@ -116,7 +122,8 @@ class SampledAnswers:
         answers = self._answer(examples)
         if self.args.dynamic_sampling:
             answers = self._replace_dead_groups(answers)
-        self._of_generation = Totals()
+        steps = self.args.steps_per_generation // self.args.gradient_accumulation_steps
+        self._of_steps = [Totals() for _ in range(steps)]
         batches = self._micro_batches(answers)
         self.rollout_log = [*self.rollout_log, *batches] if self.keeps_rollouts else batches
         if not self._forms_credit_in_the_loss():
@@ -174,8 +181,11 @@ class SampledAnswers:
 
     def _micro_batches(self, answers: list[Answer]) -> list[MicroBatch]:
         count, size = len(answers), self.args.per_device_train_batch_size
-        self._count_answers(answers)
         rewards = self._total_rewards(answers)
+        share = count // len(self._of_steps)
+        for step, totals in enumerate(self._of_steps):
+            part = slice(step * share, (step + 1) * share)
+            self._count_answers(totals, answers[part], rewards[part])
         judged = ~rewards.isnan()
         lengths = torch.tensor([len(answer.sample.token_ids) for answer in answers], device=judged.device) * judged
         weights = response_weights(
@@ -215,12 +225,11 @@ class SampledAnswers:
             verdicts=[answer.verdict for answer in answers] if answers[0].verdict else None,
         )
 
-    def _count_answers(self, answers: list[Answer]) -> None:
-        samples = [answer.sample for answer in answers]
-        measures.count_completions(self._of_generation, samples)
-        measures.count_verdicts(self._of_generation, [answer.verdict for answer in answers])
-        for name, values in zip(self.reward_func_names, self._per_function(answers).unbind(1), strict=True):
-            self._of_generation.add_values(f"rewards/{name}", values[~values.isnan()])
+    def _count_answers(self, totals: Totals, answers: list[Answer], rewards: Tensor) -> None:
+        measures.count_completions(totals, [answer.sample for answer in answers])
+        measures.count_verdicts(totals, [answer.verdict for answer in answers])
+        by_function = zip(self.reward_func_names, self._per_function(answers).unbind(1), strict=True)
+        measures.count_rewards(totals, rewards, dict(by_function))
 
     def _per_function(self, answers: list[Answer]) -> Tensor:
         """(B, functions) rewards."""

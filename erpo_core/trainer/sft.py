@@ -91,7 +91,8 @@ class SolutionTrainer(ShardedWeights, ZeroParts, WholeCheckpoints, SFTTrainer):
         """As :meth:`erpo_core.trainer.rollouts.SampledAnswers.sample`."""
         with self.accelerator.autocast() if self.args.bf16 else nullcontext():
             engine = self._engine_of(self._policy)
-            call = {"n": n, "stop_ids": stop_token_ids(self.processing_class), "seed": seed, **sampling}
+            stop_ids = stop_token_ids(self.processing_class, self._policy)
+            call = {"n": n, "stop_ids": stop_ids, "seed": seed, **sampling}
             return ranks.sampled_together(self.accelerator, engine, watch, prompts, **call)
 
     def training_step(self, *args, **kwargs) -> torch.Tensor:
@@ -145,7 +146,7 @@ def run_sft(spec: SftTrainSpec, inputs: JobInputs, sink: Sink, stop: Stop) -> di
     dtype = torch.bfloat16 if rounded else torch.float32
     model, tokenizer, info = load_policy(inputs, dtype=dtype, trainable=True, load_in_4bit=spec.load_in_4bit)
     problems = load_training_problems(spec, inputs, sink)
-    dataset, dropped = make_solution_dataset(tokenizer, problems, spec)
+    dataset, dropped = make_solution_dataset(tokenizer, problems, spec, stop_token_ids(tokenizer, model))
     report_dropped(sink, dropped, len(dataset) + dropped, "are too long with their solution")
     args = make_sft_config(spec, inputs.work_dir / "checkpoints", bf16=wants_bf16(spec))
     records = SolutionRecords(sink, stop, {})

@@ -8,6 +8,8 @@ are formed from the very forward that is differentiated: ERPO then costs no forw
 import time
 from collections import defaultdict
 from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import fields
+from inspect import Signature, signature
 
 import torch
 from accelerate import DistributedType
@@ -35,6 +37,11 @@ from erpo_core.trainer.traces import traced_answers
 from erpo_core.trainer.zero import ZeroParts
 
 _LAYOUTS = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.FSDP)
+_AFTER_ARGS = Signature(list(signature(GRPOTrainer.__init__).parameters.values())[4:])
+"""TRL's arguments after ``args``, which may be given by position."""
+_NO_EVALUATION = (
+    "not supported by ERPOTrainer; sample from the policy with trainer.sample, or name `eval_benchmarks` in a job"
+)
 
 
 class ERPOTrainer(ShardedWeights, ZeroParts, WholeCheckpoints, SampledAnswers, TokenCredit, GRPOTrainer):
@@ -47,7 +54,8 @@ class ERPOTrainer(ShardedWeights, ZeroParts, WholeCheckpoints, SampledAnswers, T
     _tag_names = ("trl", "erpo")
     _name = "ERPO"
 
-    def __init__(self, model, reward_funcs=None, args: ERPOConfig | None = None, **kwargs) -> None:
+    def __init__(self, model, reward_funcs=None, args: ERPOConfig | None = None, *rest, **kwargs) -> None:
+        kwargs = _AFTER_ARGS.bind(*rest, **kwargs).arguments
         if args is None:
             args = ERPOConfig("erpo-output")
         if not isinstance(args, ERPOConfig):
@@ -55,6 +63,9 @@ class ERPOTrainer(ShardedWeights, ZeroParts, WholeCheckpoints, SampledAnswers, T
         for name in ("tools", "rollout_func", "environment_factory", "eval_dataset"):
             if kwargs.get(name) is not None:
                 raise ValueError(f"{name}: not supported by ERPOTrainer; leave it out")
+        for name in ("image", "images"):
+            if name in (getattr(kwargs.get("train_dataset"), "column_names", None) or ()):
+                raise ValueError(f"train_dataset: column {name!r}: ERPOTrainer trains models of text; remove it")
         if getattr(kwargs.get("peft_config"), "lora_dropout", 0):
             raise ValueError("peft_config: lora_dropout does nothing, scoring is without dropout; write 0")
         self.keeps_rollouts = self.keeps_traces = False
@@ -62,10 +73,10 @@ class ERPOTrainer(ShardedWeights, ZeroParts, WholeCheckpoints, SampledAnswers, T
         self.rollout_log: list[MicroBatch] = []
         self.run_state = RunState()
         self._seconds: defaultdict[str, float] = defaultdict(float)
-        self._totals, self._of_generation = Totals(), Totals()
+        self._totals = Totals()
         self._applied: list[tuple[Tensor, Tensor, Tensor]] = []
         self._entropy_sums = [0.0, 0.0, 0.0]
-        self._noise_step = -1
+        self._noise_step = self._scored_step = -1
         # TRL would load a reference by the model's name, or none at all where beta is 0; ERPO always needs its own.
         # Its vLLM merges the adapter into the base, which is our reference.
         kept = {"loss_type": args.loss_type, "beta": args.beta, "use_vllm": args.use_vllm}
@@ -77,6 +88,7 @@ class ERPOTrainer(ShardedWeights, ZeroParts, WholeCheckpoints, SampledAnswers, T
         widen_adapters(self._policy)
         self.beta = args.beta
         self._check_layout()
+        self._check_outcome()
         self._reference = Reference(self._policy)
         self._engine_of = make_sampler(args, self._policy, self.processing_class, self.accelerator)
         self._scores_in_float32 = self._resolve_scoring_dtype() == "float32"
@@ -90,6 +102,22 @@ class ERPOTrainer(ShardedWeights, ZeroParts, WholeCheckpoints, SampledAnswers, T
         """The model below DDP's wrapper."""
         return self.accelerator.unwrap_model(self.model)
 
+    def evaluate(self, *args, **kwargs):
+        """Not supported: TRL's loop would take the answers that are trained on for those of a data set.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(f"evaluate: {_NO_EVALUATION}")
+
+    def predict(self, *args, **kwargs):
+        """Not supported, as :meth:`evaluate`.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(f"predict: {_NO_EVALUATION}")
+
     # --- loss
 
     def _compute_loss(self, model, inputs: MicroBatch) -> Tensor:
@@ -98,7 +126,7 @@ class ERPOTrainer(ShardedWeights, ZeroParts, WholeCheckpoints, SampledAnswers, T
         if batch.old is None:
             logps, scored = self._score_in_the_loss(policy, batch)
         else:
-            logps, scored = self._score_again(policy, batch), batch.old
+            logps, scored = self._score_again(policy, batch)
         advantages = self._corrected(scored, batch)
         terms = erpo_loss(
             logps,
@@ -140,7 +168,7 @@ class ERPOTrainer(ShardedWeights, ZeroParts, WholeCheckpoints, SampledAnswers, T
         if self.accelerator.sync_gradients:
             ranks.sum_gradients(self.accelerator, self._policy)
             self._guard.look()
-            self._totals.merge(self._of_generation.state())
+            self._totals.merge(self._of_step.state())
             if self._applied:
                 self._count_applied()
             if self._traces_this_step():
@@ -166,11 +194,28 @@ class ERPOTrainer(ShardedWeights, ZeroParts, WholeCheckpoints, SampledAnswers, T
                 found = {name: v for name, v in found.items() if name not in measures.OF_REFERENCE}
             found["erpo/skipped_steps"] = self.run_state.skipped_steps
             found |= {f"time/{phase}": seconds for phase, seconds in self._seconds.items()}
+            found = self._told_by_rewards() | found
             for name, value in found.items():
                 self._metrics["train"][name] = [value]
             self._totals = Totals()
             self._seconds.clear()
         super().log(logs, start_time)
+
+    def _told_by_rewards(self) -> dict[str, float]:
+        """What reward functions have given to ``log_metric`` since the last call, each the mean over all ranks' values.
+
+        What they gave to ``log_extra`` goes where TRL keeps it. All ranks must call it.
+        """
+        values: defaultdict[str, list[float]] = defaultdict(list)
+        own = dict(self._pending_metrics), dict(self._pending_extra_logs)
+        for metrics, columns in ranks.gather_list(self.accelerator, [own]):
+            for name, given in metrics.items():
+                values[name] += map(float, given)
+            for name, given in columns.items():
+                self._logs["extra"][name].extend(given)
+        self._pending_metrics.clear()
+        self._pending_extra_logs.clear()
+        return {name: sum(given) / len(given) for name, given in values.items()}
 
     def _record(self, batch: MicroBatch, scored: Scored, terms: LossTerms, advantages: Tensor) -> None:
         measures.count_batch(self._totals, batch, scored, terms)
@@ -236,6 +281,12 @@ class ERPOTrainer(ShardedWeights, ZeroParts, WholeCheckpoints, SampledAnswers, T
 
     def _autocast(self, wanted: bool):
         return self.accelerator.autocast() if wanted else nullcontext()
+
+    def _check_outcome(self) -> None:
+        default = next(field.default for field in fields(self.args) if field.name == "outcome_reward")
+        wanted, known = self.args.outcome_reward, self.reward_func_names
+        if wanted != default and wanted not in known:
+            raise ValueError(f"outcome_reward: {wanted!r} is no reward function; write one of {', '.join(known)}")
 
     def _check_layout(self) -> None:
         window = self.args.gradient_accumulation_steps

@@ -4,9 +4,12 @@ from types import SimpleNamespace
 
 import pytest
 from test_trainer import Records
+from test_trainer_runs import make_trainer
 
+from erpo_core.generation.base import Sample
 from erpo_core.trainer.callbacks import RecordCallback
 from erpo_core.trainer.state import RunState
+from tiny_model import make_tiny_model
 
 LOUD, SILENT = 0.9, 0.95
 
@@ -32,3 +35,23 @@ def test_a_streak_of_silent_steps_is_told_once(algorithm, shares, steps):
     assert [(event.type, event.level, event.data["step"]) for event in records.by_kind["event"]] == [
         ("erpo.silent", "warn", step) for step in steps
     ]
+
+
+def test_a_stored_answer_is_boxed_whatever_the_rewards_are(tmp_path):
+    trainer = make_trainer(make_tiny_model(tmp_path / "tiny"), tmp_path / "run", max_completion_length=12, max_steps=1)
+    tokenizer = trainer.processing_class
+    texts = ["\\boxed{2}", "\\boxed{}", "so \\boxed{2}.", "2"] * 2
+    samples = [Sample([*tokenizer(text, add_special_tokens=False)["input_ids"], 2], True) for text in texts]
+
+    def answer(*_, **__):
+        trainer._samples = samples
+        return [sample.token_ids for sample in samples], None
+
+    trainer._generate_single_turn = answer
+    records = Records()
+    callback = RecordCallback(records, records, {})
+    trainer.add_callback(callback)
+    callback.attach(trainer)
+    trainer.train()
+    (found,) = records.by_kind["completions"]
+    assert [(row["completion"], row["boxed"]) for row in found.rows] == [(text, "{2}" in text) for text in texts]

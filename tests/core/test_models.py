@@ -117,5 +117,5 @@ def test_templates_differ_and_their_digest_tells():
     assert prompt_text(tokenizer, "q", specs[2]) == "q\n"
 
 
-def test_answers_end_at_the_end_of_turn_and_of_text():
-    assert stop_token_ids(make_tiny_tokenizer()) == [0, 2]
+def test_answers_end_at_the_end_of_turn_and_of_text(tmp_path):
+    assert stop_token_ids(make_tiny_tokenizer(), make_tiny_model(tmp_path)) == [0, 2]

@@ -98,7 +98,7 @@ def test_a_row_is_the_prompt_of_an_evaluation_and_the_boxed_solution_and_its_end
     tokenizer = make_tiny_tokenizer()
     problem = Problem("p", "2 + 2?", "4", solution="2 + 2 = 4.")
     spec = parse_spec("train", {"algorithm": "sft", "model": "m", "dataset": "d", "prompt": {"template": "qwen-boxed"}})
-    (row,), dropped = make_solution_dataset(tokenizer, [problem], spec)
+    (row,), dropped = make_solution_dataset(tokenizer, [problem], spec, [0, 2])
     prompt = prompt_ids(tokenizer, problem.problem, spec.prompt)
     solution = "2 + 2 = 4.\nThe answer is \\boxed{4}."
     assert tokenizer.decode(row["input_ids"]) == tokenizer.decode(prompt) + solution + "<|im_end|>"
@@ -113,8 +113,8 @@ def test_a_solution_that_has_a_box_stays_as_it_is():
 def test_an_answer_ends_as_the_template_ends_a_turn():
     tokenizer = make_tiny_tokenizer()
     tokenizer.eos_token = "<|endoftext|>"  # as Qwen2.5's base models have it
-    assert tokenizer.decode(end_token_id(tokenizer, PromptSpec())) == "<|im_end|>"
-    assert tokenizer.decode(end_token_id(tokenizer, PromptSpec(template="raw"))) == "<|endoftext|>"
+    assert tokenizer.decode(end_token_id(tokenizer, PromptSpec(), [0, 2])) == "<|im_end|>"
+    assert tokenizer.decode(end_token_id(tokenizer, PromptSpec(template="raw"), [0, 2])) == "<|endoftext|>"
 
 
 def test_problems_without_solutions_are_refused(tiny, data_root, tmp_path):

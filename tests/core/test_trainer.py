@@ -192,6 +192,7 @@ def test_on_a_cpu_many_long_answers_are_scored_a_part_at_a_time(tmp_path, monkey
         ("loss_type", "sapo"),
         ("algorithm", "ppo"),
         ("max_completion_length", None),
+        ("temperature", 0.0),
         ("noise_floor_every", 0),
         ("num_buckets", 0),
         ("max_skipped_steps", -1),

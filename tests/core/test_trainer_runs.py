@@ -10,13 +10,14 @@ from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from test_trainer import DATASET, Records, rollouts, train
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from erpo_core import ERPOConfig, ERPOTrainer
 from erpo_core.codec import decode_trace
 from erpo_core.errors import RunError
 from erpo_core.metric_names import describe
 from erpo_core.trainer.callbacks import RecordCallback
+from erpo_core.trainer.credit import TokenCredit
 from erpo_core.trainer.scoring import score_rollouts
 from tiny_model import make_tiny_model
 
@@ -229,6 +230,55 @@ def test_an_answer_that_no_function_judged_moves_nothing(tiny, tmp_path):
     assert not batch.rollouts.mask[::4].any()
     assert batch.rollouts.mask[1].any()
     assert (batch.weights[:, None] * batch.rollouts.mask).sum().item() == pytest.approx(1)
+    lengths = np.array([length for row, length in enumerate(batch.lengths) if row % 4])
+    right = batch.rewards[~batch.rewards.isnan()].numpy() > 0
+    (logs,) = (entry for entry in trainer.state.log_history if "reward" in entry)
+    ratio = lengths[right].mean() / lengths[~right].mean()
+    assert logs["completions/right_wrong_length_ratio"] == pytest.approx(ratio)
+
+
+def test_where_no_answer_ends_by_itself_nothing_is_told_of_such_answers(tiny, tmp_path):
+    def reward(completion_ids, **_):
+        return [float(row % 2) for row in range(len(completion_ids))]
+
+    trainer = make_trainer(tiny, tmp_path, reward=reward, max_completion_length=1, max_steps=1)
+    trainer.train()
+    (batch,) = trainer.rollout_log
+    assert not batch.finished.any()
+    (logs,) = (entry for entry in trainer.state.log_history if "reward" in entry)
+    assert [logs.get(f"completions/{kind}_terminated_length") for kind in ("mean", "min", "max")] == [None] * 3
+    assert logs["completions/min_length"] == 1
+
+
+def test_trls_order_of_the_arguments_is_taken(tiny, tmp_path):
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny), AutoTokenizer.from_pretrained(tiny)
+    dataset = Dataset.from_dict({"prompt": ["1+1="] * 4})
+    args = ERPOConfig(str(tmp_path), num_generations=4, per_device_train_batch_size=4, use_cpu=True)
+    trainer = ERPOTrainer(model, even_ids, args, dataset, None, tokenizer)
+    assert trainer.train_dataset is dataset
+    assert trainer.processing_class is tokenizer
+    with pytest.raises(TypeError, match="train_dataset"):
+        ERPOTrainer(model, even_ids, args, dataset, train_dataset=dataset)
+    with pytest.raises(ValueError, match="eval_dataset"):
+        ERPOTrainer(model, even_ids, args, dataset, dataset)
+
+
+def test_a_column_of_images_is_refused_by_name(tmp_path):
+    for column in ("image", "images"):
+        with pytest.raises(ValueError, match=f"train_dataset: column '{column}'"):
+            ERPOTrainer(
+                None,
+                even_ids,
+                ERPOConfig(str(tmp_path), use_cpu=True),
+                Dataset.from_dict({"prompt": ["?"], column: [0]}),
+            )
+
+
+def test_an_outcome_that_is_none_of_the_rewards_is_refused(tiny, tmp_path):
+    with pytest.raises(ValueError, match="outcome_reward: 'evn_ids' is no reward function; write one of even_ids"):
+        make_trainer(tiny, tmp_path, outcome_reward="evn_ids")
+    assert make_trainer(tiny, tmp_path, outcome_reward="even_ids")._outcome_index() == 0
+    assert make_trainer(tiny, tmp_path)._outcome_index() == 0
 
 
 def weights_after(tiny, folder, **layout) -> tuple[torch.Tensor, list[str]]:
@@ -361,3 +411,110 @@ def test_without_a_kl_term_dead_groups_cost_no_backward_and_change_nothing(tiny,
         names = [name for name in one if not name.startswith(("time/", "step_time"))]
         values = [np.array([entry[name] for name in names], float) for entry in (one, two)]
         np.testing.assert_allclose(*values, rtol=1e-3, atol=1e-5, err_msg=str(names))
+
+
+def test_an_update_on_the_same_answers_is_measured_on_the_policy_as_it_is_by_then(tiny, tmp_path):
+    trainer = make_trainer(tiny, tmp_path, num_iterations=2, max_steps=2, beta=0.1, learning_rate=0.05)
+    seen, compute = [], trainer._compute_loss
+
+    def scored_by_hand(model, batch):
+        with torch.no_grad():
+            seen.append(score_rollouts(trainer._policy, batch.rollouts, temperature=1.0).entropies)
+        return compute(model, batch)
+
+    trainer._compute_loss = scored_by_hand
+    trainer.train()
+    first, second = (logs for logs in trainer.state.log_history if "entropy" in logs)
+    for logs, entropies in zip((first, second), seen, strict=True):
+        assert logs["entropy"] == pytest.approx(entropies.mean().item(), rel=1e-5)
+        highest = entropies.sort().values[int(0.95 * len(entropies))].item()
+        assert logs["entropy/p95"] == pytest.approx(highest, rel=1e-5)
+    assert abs(first["entropy"] - second["entropy"]) > 1e-3
+    assert second["kl"] > 1e-3
+    assert first["kl/exact"] == pytest.approx(0, abs=1e-6)
+    assert second.get("kl/exact") is None
+
+
+def test_where_a_group_lies_in_several_micro_batches_the_exact_kl_of_the_step_is_told(tiny, tmp_path):
+    layout = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "max_steps": 2}
+    trainer = make_trainer(tiny, tmp_path, learning_rate=0.05, **layout)
+    trainer.train()
+    found = [logs["kl/exact"] for logs in trainer.state.log_history if "entropy" in logs]
+    assert found[0] == pytest.approx(0, abs=1e-6)
+    assert found[1] > 1e-3
+
+
+def test_what_a_reward_function_logs_is_logged_and_does_not_pile_up(tiny, tmp_path):
+    def reward(completion_ids, log_metric, log_extra, trainer_state, **_):
+        log_metric("mine", trainer_state.global_step)
+        log_metric("mine", trainer_state.global_step + 1)
+        log_metric("reward", 1e6)
+        log_extra("length", [len(ids) for ids in completion_ids])
+        return even_ids(completion_ids)
+
+    trainer = make_trainer(tiny, tmp_path, reward=reward, max_steps=3)
+    trainer.train()
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert [entry["mine"] for entry in logs] == [0.5, 1.5, 2.5]
+    assert max(entry["reward"] for entry in logs) <= 1, "what the trainer itself tells stays"
+    assert list(trainer._logs["extra"]["length"]) == trainer.rollout_log[0].lengths
+    assert not trainer._pending_metrics
+    assert not trainer._pending_extra_logs
+
+
+@pytest.mark.parametrize(
+    ("size", "accumulation", "steps_per_generation"),
+    [
+        pytest.param(8, 1, 2, id="whole groups"),
+        pytest.param(2, 2, 8, id="groups in parts, whole in a step"),
+        pytest.param(2, 1, 4, id="parts of groups"),
+    ],
+)
+def test_each_step_of_a_generation_tells_of_its_own_answers(tiny, tmp_path, size, accumulation, steps_per_generation):
+    layout = {"per_device_train_batch_size": size, "gradient_accumulation_steps": accumulation}
+    layout |= {"steps_per_generation": steps_per_generation, "max_steps": steps_per_generation // accumulation}
+    trainer = make_trainer(tiny, tmp_path, **layout)
+    trainer.train()
+    logs = [entry for entry in trainer.state.log_history if "reward" in entry]
+    rewards = torch.cat([batch.rewards for batch in trainer.rollout_log])
+    lengths = [length for batch in trainer.rollout_log for length in batch.lengths]
+    share = size * accumulation
+    dead = rewards.view(-1, 4).std(1) == 0
+    for step, told in enumerate(logs):
+        own = slice(step * share, (step + 1) * share)
+        assert told["reward"] == pytest.approx(rewards[own].mean().item())
+        assert told["reward_std"] == pytest.approx(rewards[own].std().item(), nan_ok=True)
+        assert told["rewards/even_ids"] == told["reward"]
+        assert told["completions/mean_length"] == pytest.approx(np.mean(lengths[own]))
+        groups = {row // 4 for row in range(own.start, own.stop)}
+        assert told["erpo/frac_dead_groups"] == np.mean([dead[group].item() for group in groups])
+    assert len(logs) == layout["max_steps"]
+    assert len({told["reward"] for told in logs}) > 1
+
+
+def test_the_groups_of_a_step_are_those_of_its_answers_on_all_ranks():
+    """Two ranks with three steps of two answers each, in groups of four: no rank has whole groups."""
+    credit = SimpleNamespace(
+        args=SimpleNamespace(gradient_accumulation_steps=1, per_device_train_batch_size=2),
+        num_generations=4,
+        accelerator=SimpleNamespace(device="cpu"),
+    )
+    found = [TokenCredit._rows_of_groups(credit, 12, step, 3).view(3, 4).all(1).tolist() for step in range(3)]
+    assert found == [[True, True, False], [True, False, True], [False, True, True]]
+
+
+@pytest.mark.parametrize("method", ["evaluate", "predict"])
+def test_trls_evaluation_is_refused_with_the_mend_and_disturbs_nothing(tiny, tmp_path, method):
+    trainer = make_trainer(tiny, tmp_path)
+    refused = []
+
+    class Between(TrainerCallback):
+        def on_step_end(self, args, state, control, **_):
+            with pytest.raises(ValueError, match=r"trainer\.sample.*eval_benchmarks") as caught:
+                getattr(trainer, method)(trainer.train_dataset)
+            refused.append(str(caught.value).partition(":")[0])
+
+    trainer.add_callback(Between())
+    trainer.train()
+    assert refused == [method, method]
+    assert ["reward" in entry for entry in trainer.state.log_history if "loss" in entry] == [True, True]

@@ -61,7 +61,7 @@ def ask(engine, loaded, prompts):
         engine.drop_adapter()
         if folder := more.pop("adapter", None):
             engine.load_adapter(folder)
-        settings = {"n": 2, "max_new_tokens": 12, "stop_ids": stop_token_ids(loaded[1]), "seed": 7}
+        settings = {"n": 2, "max_new_tokens": 12, "stop_ids": stop_token_ids(loaded[1], loaded[0]), "seed": 7}
         return engine.generate(prompts, **settings | more)
 
     return ask
@@ -95,7 +95,7 @@ def test_the_generators_of_the_process_are_left_as_they_were(ask):
 
 
 def test_greedy_answers_are_those_of_transformers(ask, loaded, prompts):
-    stops = stop_token_ids(loaded[1])
+    stops = stop_token_ids(loaded[1], loaded[0])
     expected = TransformersEngine(*loaded).generate(prompts, temperature=0, max_new_tokens=12, stop_ids=stops)
     found = ask(temperature=0)
     assert ids(found) == [[group[0].token_ids] * 2 for group in expected]
@@ -111,7 +111,7 @@ def test_calls_are_answered_in_order_while_the_next_one_has_begun(engine, ask, l
         for prompt in prompts:
             asked.append(prompt)
             settings = {"n": 2, "temperature": 0, "top_p": 1.0, "top_k": 0, "max_new_tokens": 12, "seed": 7}
-            yield settings | {"prompts": [prompt], "stop_ids": stop_token_ids(loaded[1])}
+            yield settings | {"prompts": [prompt], "stop_ids": stop_token_ids(loaded[1], loaded[0])}
 
     answers = engine.generate_each(calls())
     assert ids([*next(answers)]) == expected[:1]

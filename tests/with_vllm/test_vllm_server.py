@@ -80,12 +80,12 @@ def adapter(smollm2, tmp_path_factory):
 
 
 def ask(server, loaded, prompts, **more):
-    settings = {"n": 2, "max_new_tokens": 12, "stop_ids": stop_token_ids(loaded[1]), "seed": 7}
+    settings = {"n": 2, "max_new_tokens": 12, "stop_ids": stop_token_ids(loaded[1], loaded[0]), "seed": 7}
     return server.generate(prompts, **settings | more)
 
 
 def test_answers_are_those_of_the_model_and_follow_the_seed(server, loaded, prompts):
-    stops = stop_token_ids(loaded[1])
+    stops = stop_token_ids(loaded[1], loaded[0])
     greedy = TransformersEngine(*loaded).generate(prompts, temperature=0, max_new_tokens=12, stop_ids=stops)
     assert ids(ask(server, loaded, prompts, temperature=0)) == [[group[0].token_ids] * 2 for group in greedy]
     first = ask(server, loaded, prompts)
