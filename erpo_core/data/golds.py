@@ -19,7 +19,7 @@ MAX_BEFORE_QUEUEING = 1000
 SECONDS_BEFORE_QUEUEING = 5.0
 """Golds of a file, and time for all files together, that a request waits for; the worker reads them again, and more."""
 SECONDS_IN_A_WORKER = 60.0
-"""Golds of 10,000 rows of MATH take one process less, those that are plain numbers no time."""
+"""One process reads 75 to 250 golds a second, and plain numbers in no time: 7,500 rows of GSM8K in 0.03 s."""
 
 
 def check_golds(
