@@ -48,18 +48,31 @@ class ModelSize:
     shape: ModelShape | None = None
 
 
-_KNOWN_SHAPES = {"smollm2-135m": ModelShape(hidden_size=576, intermediate_size=1536, num_layers=30, kv_size=192)}
+_SMOLLM2 = ModelShape(hidden_size=576, intermediate_size=1536, num_layers=30, kv_size=192)
+_QWEN2_5 = {
+    "1.5B": ModelSize(1_543_714_304, ModelShape(hidden_size=1536, intermediate_size=8960, num_layers=28, kv_size=256)),
+    "3B": ModelSize(3_085_938_688, ModelShape(hidden_size=2048, intermediate_size=11_008, num_layers=36, kv_size=256)),
+    "7B": ModelSize(7_615_616_512, ModelShape(hidden_size=3584, intermediate_size=18_944, num_layers=28, kv_size=512)),
+}
+_KNOWN_SIZES = {
+    "smollm2-135m": ModelSize(KNOWN_MODELS["smollm2-135m"]["num_parameters"], _SMOLLM2),
+    **{f"Qwen/Qwen2.5-{name}{end}": size for name, size in _QWEN2_5.items() for end in ("", "-Instruct")},
+    **{f"Qwen/Qwen2.5-Math-{name}{end}": _QWEN2_5[name] for name in ("1.5B", "7B") for end in ("", "-Instruct")},
+}
+"""By reference, at any commit: nothing is fetched for an estimate."""
 
 
 def model_size(ref: Any, model_roots: Iterable[Path] = ()) -> ModelSize | None:
-    """The size of a model by its reference: registered, a folder, or a hub id that says it (``Qwen/Qwen2.5-7B``).
+    """The size of a model by its reference: registered, a folder, or a hub id that is known or says it (``org/x-7B``).
 
     None where that is not known, as for checkpoints of runs and folders outside the allowed roots.
     """
     if not isinstance(ref, str):
         return None
+    if known := _KNOWN_SIZES.get(ref.partition("@")[0]):
+        return known
     if ref in KNOWN_MODELS:
-        return ModelSize(KNOWN_MODELS[ref]["num_parameters"], _KNOWN_SHAPES.get(ref))
+        return ModelSize(KNOWN_MODELS[ref]["num_parameters"])
     if ref.startswith(("/", ".", "~")):
         folder = Path(ref).expanduser().resolve()
         allowed = any(folder.is_relative_to(Path(root).resolve()) for root in model_roots)

@@ -3,6 +3,7 @@
 Nothing is loaded: the heavy libraries stay with the workers.
 """
 
+import time
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,11 +11,11 @@ from sqlalchemy.orm import Session
 
 from erpo_core.analysis.given_logprobs import bounded_entropies
 from erpo_core.data.datasets import check_dataset
-from erpo_core.data.golds import check_dataset_golds
+from erpo_core.data.golds import SECONDS_BEFORE_QUEUEING, check_dataset_golds
 from erpo_core.errors import DatasetError, NotFoundError, SpecError, UnknownReferenceError
 from erpo_core.generation.vllm_server import check_server
 from erpo_core.models import check_model_ref
-from erpo_core.rewards.functions import check_rewards
+from erpo_core.rewards.functions import check_rewards, judge_answers
 from erpo_core.specs import BranchSpec, EvaluateSpec
 from erpo_core.specs.common import CheckpointRef, CheckpointsRef, JobOptions
 from erpo_core.specs.entropy import AnswerSource
@@ -76,21 +77,29 @@ def admit(database: Database, settings: Settings, principal: Principal, spec: An
             _check_source(session, principal, spec.source, admitted)
         if hasattr(spec, "sequence"):
             _check_sequence(session, principal, spec)
+    until = time.monotonic() + SECONDS_BEFORE_QUEUEING
     if getattr(spec, "dataset", None):
         imitates = getattr(spec, "algorithm", None) == "sft"
         admitted.num_problems = check_dataset(spec.dataset, settings.data_root, with_solutions=imitates)
-        if not imitates:
-            check_dataset_golds(spec.dataset, settings.data_root)
+        if _reads_golds(spec):
+            check_dataset_golds(spec.dataset, settings.data_root, until=until)
     if isinstance(spec, GrpoTrainSpec):
         _check_enough(spec, admitted.num_problems)
     for ref, pointer in _eval_benchmarks(spec):
         admitted.num_eval_problems.append(check_dataset(ref, settings.data_root, pointer=pointer))
-        check_dataset_golds(ref, settings.data_root, pointer=pointer)
+        check_dataset_golds(ref, settings.data_root, pointer=pointer, until=until)
     if hasattr(spec, "rewards"):
         check_rewards(spec.rewards)
     check_server(getattr(spec, "vllm_server_base_url", None), settings.vllm_servers)
     _check_workers(database, settings, spec)
     return admitted
+
+
+def _reads_golds(spec: Any) -> bool:
+    """Evaluations and analyses may judge answers; of trainings those that reward by it."""
+    if isinstance(spec, BaseTrainSpec):
+        return isinstance(spec, GrpoTrainSpec) and judge_answers(spec.rewards)
+    return True
 
 
 def _check_enough(spec: GrpoTrainSpec, num_problems: int | None) -> None:

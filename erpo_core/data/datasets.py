@@ -12,7 +12,7 @@ Importing this module pulls in nothing heavy: the API checks a name with it befo
 import json
 import random
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
@@ -240,6 +240,9 @@ def load_hub(
 ) -> list[Problem]:
     """The problems of a hub data set. ``instead``: what to do where no hub is in reach.
 
+    Rows are named by their ``id``. Where one stands in two rows (ids that count within a subset or a split), every row
+    is named by its number instead: answers are stored and counted by their problem's id.
+
     Raises:
         RunError: ``dataset_unavailable``: the hub does not deliver it.
         DatasetError: a row without problem or answer, or no row.
@@ -253,12 +256,15 @@ def load_hub(
         rows = load_dataset(name, found.args.get("config"), split=split, revision=revision or None, cache_dir=cache)
     except Exception as error:
         raise undelivered(found.name, error, code="dataset_unavailable", instead=instead) from error
-    problems = []
+    problems, numbers = [], []
     for index, raw in enumerate(rows):
         row_id = f"{found.name}/{index}"
         row = boxes.completed(our_names(raw), row_id)
         if row is not None:
             problems.append(to_problem(row, row_id, where=f"row {index}"))
+            numbers.append(row_id)
     if not problems:
         raise DatasetError(f"{found.name} holds no row", pointer="/dataset", code="empty_dataset")
-    return problems
+    if len({problem.id for problem in problems}) == len(problems):
+        return problems
+    return [replace(problem, id=number) for problem, number in zip(problems, numbers, strict=True)]

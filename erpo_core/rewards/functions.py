@@ -15,6 +15,8 @@ from erpo_core.rewards.verify import Verdict, Verifier
 from erpo_core.specs.common import RewardSpec
 
 Reward = Callable[..., list[float]]
+MAX_PATTERN_CHARS = 1000
+"""Of all regular expressions of an order together: wide ranges that ignore case take a millisecond a character."""
 
 
 def reward_functions(rewards: Sequence[RewardSpec], verifier: Verifier) -> list[Reward]:
@@ -56,6 +58,11 @@ def known_rewards() -> list[dict[str, Any]]:
     return [found[name] for name in sorted(found)]
 
 
+def judge_answers(rewards: Sequence[RewardSpec]) -> bool:
+    """Whether one of them compares answers with golds by the verifier, so that golds must be readable."""
+    return any(spec.name == "accuracy" for spec in rewards)
+
+
 def check_rewards(rewards: Sequence[RewardSpec], *, pointer: str = "/rewards") -> None:
     """Refuse names that nobody has registered, and arguments that a reward does not take.
 
@@ -64,6 +71,7 @@ def check_rewards(rewards: Sequence[RewardSpec], *, pointer: str = "/rewards") -
     Raises:
         SpecError: naming the field.
     """
+    _check_patterns(rewards, pointer)
     for index, spec in enumerate(rewards):
         where = f"{pointer}/{index}/args"
         cls = _REGISTRY.get(spec.name)
@@ -78,6 +86,20 @@ def check_rewards(rewards: Sequence[RewardSpec], *, pointer: str = "/rewards") -
             cls.check(**spec.args)
         except (TypeError, ValueError, re.error, RecursionError, OverflowError) as error:
             raise SpecError(f"{spec.name}: {error}", pointer=where, mend=cls.mend) from None
+
+
+def _check_patterns(rewards: Sequence[RewardSpec], pointer: str) -> None:
+    """Before any is compiled."""
+    num_chars = 0
+    for index, spec in enumerate(rewards):
+        if spec.name == "regex":
+            num_chars += len(str(spec.args.get("pattern", "")))
+        if num_chars > MAX_PATTERN_CHARS:
+            raise SpecError(
+                f"regex: the patterns up to this one have {num_chars} characters",
+                pointer=f"{pointer}/{index}/args",
+                mend=f"write at most {MAX_PATTERN_CHARS} in all patterns together, or register a reward of your own",
+            )
 
 
 def _check_plugin(name: str, pointer: str) -> None:
@@ -159,7 +181,9 @@ class LengthPenalty(_Function):
 
 
 class Regex(_Function):
-    """1 if the regular expression ``pattern`` is found in the completion (``.`` matches line ends), otherwise 0."""
+    """1 if the regular expression ``pattern`` is found in the completion (``.`` matches line ends), otherwise 0.
+    All patterns of an order together: up to 1,000 characters.
+    """
 
     arguments = ("pattern",)
     mend = r'write for example {"pattern": "\\\\boxed\\{-?\\d+\\}"}'

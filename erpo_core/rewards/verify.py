@@ -1,6 +1,7 @@
 """Checking answers under a deadline, whatever the answer is."""
 
 import json
+import math
 import os
 import select
 import subprocess
@@ -18,6 +19,7 @@ from erpo_core.errors import RunError
 from erpo_core.rewards.answers import extract_boxed, normalise, plain_number, same_number
 
 MAX_ANSWER_CHARS = 2000
+"""Of an answer, and of a gold: what is longer is not read."""
 RULES_VERSION = 3
 """Counts changes of what is equal beyond math-verify's own, see docs/answers.md: 1 read boxes as plain text
 too, 2 did not read commands of setting."""
@@ -106,13 +108,16 @@ class Verifier:
         with self._lock:
             return list(map(Verdict, self._ask([{"pattern": pattern, "text": text} for text in texts])))
 
-    def read_golds(self, golds: Sequence[str]) -> list[Reading]:
-        """What golds are read as. One that cannot be read within the deadline is text: only its like can be right."""
+    def read_golds(self, golds: Sequence[str], *, seconds: float | None = None) -> list[Reading]:
+        """What golds are read as. One that cannot be read within the deadline is text: only its like can be right.
+
+        ``seconds``: for all of them together, once a process runs; what is not read by then counts as text.
+        """
         tidied = list(map(normalise, golds))
         known = {gold: Reading.EXPRESSION for gold in tidied if plain_number(gold) is not None}
         open_golds = [gold for gold in dict.fromkeys(tidied) if gold not in known]
         with self._lock:
-            asked = self._ask([{"gold": gold} for gold in open_golds])
+            asked = self._ask([{"gold": gold} for gold in open_golds], seconds)
         readings = {*Reading}
         known |= {g: Reading(r) if r in readings else Reading.TEXT for g, r in zip(open_golds, asked, strict=True)}
         return [known[gold] for gold in tidied]
@@ -136,17 +141,23 @@ class Verifier:
         if len(self._cache) > _CACHE_SIZE:
             self._cache.popitem(last=False)
 
-    def _ask(self, requests: list[dict[str, str]]) -> list[str]:
-        """Hand the requests to whichever process is free, and kill those that overrun."""
-        verdicts: list[str] = [Verdict.CRASHED] * len(requests)
+    def _ask(self, requests: list[dict[str, str]], seconds: float | None = None) -> list[str]:
+        """Hand the requests to whichever process is free, and kill those that overrun.
+
+        After ``seconds`` those that wait are not asked any more: ``timeout``.
+        """
+        verdicts: list[str] = [Verdict.TIMEOUT] * len(requests)
         waiting = deque(enumerate(requests))
         busy: dict[_Server, int] = {}
+        if waiting:
+            self._servers[0].start()
+        end = math.inf if seconds is None else time.monotonic() + seconds
         try:
-            while waiting or busy:
+            while (waiting and time.monotonic() < end) or busy:
                 for server in self._servers:
-                    if waiting and server not in busy:
+                    if waiting and server not in busy and time.monotonic() < end:
                         index, request = waiting.popleft()
-                        server.send(request)
+                        server.send(request, end)
                         busy[server] = index
                 for server, verdict in _answered(list(busy)):
                     verdicts[busy.pop(server)] = verdict
@@ -188,12 +199,11 @@ class _Server:
         """File descriptor to wait on."""
         return self._process.stdout.fileno()
 
-    def send(self, request: dict[str, str]) -> None:
-        """Pass a request on, and start the clock."""
+    def send(self, request: dict[str, str], end: float = math.inf) -> None:
+        """Pass a request on, and start the clock. ``end``: of its time at the latest."""
         line = json.dumps(request).encode() + b"\n"
-        if self._process is None:
-            self._start()
-        self.expires = time.monotonic() + self._deadline
+        self.start()
+        self.expires = min(end, time.monotonic() + self._deadline)
         with suppress(BrokenPipeError):  # a process that has just died is seen when its answer is read
             self._process.stdin.write(line)
             self._process.stdin.flush()
@@ -221,7 +231,14 @@ class _Server:
             process.stdin.close()
         process.stdout.close()
 
-    def _start(self) -> None:
+    def start(self) -> None:
+        """Start the process, if there is none.
+
+        Raises:
+            RunError: ``verifier_unavailable``.
+        """
+        if self._process is not None:
+            return
         # The environment stays: its marker is how a supervisor finds what belongs to an attempt.
         path = os.pathsep.join(filter(None, [_SOURCE_ROOT, os.environ.get("PYTHONPATH", "")]))
         env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}

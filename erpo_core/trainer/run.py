@@ -11,12 +11,13 @@ from typing import Any
 import torch
 
 from erpo_core.data.formats import Problem, problems_digest
+from erpo_core.data.golds import check_golds
 from erpo_core.job import JobInputs, LeftEarlyError, Stop, leaves_early
 from erpo_core.memory import SMALL_MODEL, count_parameters, rows_of_micro_batch
 from erpo_core.models import load_policy, prepare_model
 from erpo_core.records import Progress, Result, Sink
 from erpo_core.resolved import report_resolved
-from erpo_core.rewards.functions import reward_functions
+from erpo_core.rewards.functions import judge_answers, reward_functions
 from erpo_core.rewards.verify import Verifier
 from erpo_core.specs.train import BaseTrainSpec, ErpoTrainSpec, GrpoTrainSpec
 from erpo_core.trainer.callbacks import RecordCallback
@@ -82,7 +83,7 @@ def run_training(spec: GrpoTrainSpec, inputs: JobInputs, sink: Sink, stop: Stop)
     """Train and report. Returns the summary, or ``{"stopped": True}`` where it was asked to leave.
 
     Raises:
-        DatasetError: no problem is short enough.
+        DatasetError: no problem is short enough, or a gold is read as nothing.
         RunError: see its codes.
     """
     sink.emit(Progress("load", 0, 1))
@@ -98,6 +99,8 @@ def run_training(spec: GrpoTrainSpec, inputs: JobInputs, sink: Sink, stop: Stop)
     args = make_config(spec, inputs.work_dir / "checkpoints", bf16=wants_bf16(spec))
     with Verifier(processes=min(MOST_CHECKERS, os.cpu_count() or 1)) as verifier, ExitStack() as at_the_end:
         functions = reward_functions(spec.rewards, verifier)
+        if inputs.resume_from is None and judge_answers(spec.rewards):
+            check_golds(problems, verifier)
         origin = {name: info[name] for name in ("model_digest", "adapter_digest", "tokenizer_digest", "dtype")}
         records = RecordCallback(sink, stop, origin | {"head_dtype": "float32"})
         benchmarks = load_benchmarks(spec, inputs, tokenizer, verifier)

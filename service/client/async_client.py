@@ -1,7 +1,6 @@
 """The asynchronous client: the methods of :mod:`service.client.sync_client` as coroutines."""
 
 import asyncio
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from functools import wraps
 from typing import Any, Self
@@ -11,7 +10,7 @@ import httpx
 from service.client import protocol
 from service.client.calls import GROUPS, submit
 from service.client.errors import ErpoApiError, JobFailed
-from service.client.protocol import Call, EventParser
+from service.client.protocol import Call, Deadline, EventParser, Patience
 
 Event = dict[str, Any]
 Json = Any
@@ -116,13 +115,16 @@ class AsyncErpoClient:
         """The handle of an existing job."""
         return AsyncJobHandle(self, await self.jobs.get(job_id))
 
-    async def stream_events(self, job_id: str, *, after: int = 0) -> AsyncIterator[Event]:
-        """The job's events from ``after`` on, until it ends; reconnects, and polls where streaming does not work."""
-        parser, failures = EventParser(last_seq=after), 0
-        while not parser.ended:
+    async def stream_events(self, job_id: str, *, after: int = 0, timeout: float | None = None) -> AsyncIterator[Event]:
+        """The job's events from ``after`` on, until it ends; reconnects, and polls where streaming does not work.
+
+        Of a job that has not ended after ``timeout`` seconds, no more come.
+        """
+        parser, deadline, failures = EventParser(last_seq=after), Deadline(timeout), 0
+        while not parser.ended and not deadline.is_over:
             before = parser.last_seq
             try:
-                async for event in self._stream(job_id, parser):
+                async for event in self._stream(job_id, parser, deadline):
                     yield event
                 failures = 0 if parser.last_seq > before else failures + 1
             except httpx.HTTPError as error:
@@ -132,11 +134,13 @@ class AsyncErpoClient:
             if not parser.ended:
                 async for event in self._poll(job_id, parser):
                     yield event
-                await asyncio.sleep(protocol.pause_before(min(failures, 3)))
+                await asyncio.sleep(deadline.pause(failures))
 
-    async def _stream(self, job_id: str, parser: EventParser) -> AsyncIterator[Event]:
+    async def _stream(self, job_id: str, parser: EventParser, deadline: Deadline) -> AsyncIterator[Event]:
+        if deadline.is_near:
+            return
         headers = {"Accept": "text/event-stream", "Last-Event-ID": str(parser.last_seq)}
-        timeout = httpx.Timeout(30, read=45)
+        timeout = deadline.timeout()
         async with self._http.stream("GET", f"/jobs/{job_id}/events", headers=headers, timeout=timeout) as response:
             if not response.is_success:
                 await response.aread()
@@ -148,7 +152,7 @@ class AsyncErpoClient:
             async for line in response.aiter_lines():
                 for event in parser.feed(line):
                     yield event
-                if parser.ended:
+                if parser.ended or deadline.is_near:
                     return
 
     async def _poll(self, job_id: str, parser: EventParser) -> AsyncIterator[Event]:
@@ -173,19 +177,19 @@ class AsyncErpoClient:
         return AsyncJobHandle(self, await self.send(submit(path, body)))
 
     async def _send(self, request: Call) -> httpx.Response:
-        for attempt in range(protocol.MAX_TRIES):
-            is_last = attempt == protocol.MAX_TRIES - 1
+        patience = Patience(request)
+        while True:
             try:
                 response = await self._http.request(**request.arguments())
             except httpx.TransportError as error:
-                if is_last or request.method not in ("GET", "POST"):
+                pause = patience.pause(None)
+                if pause is None:
                     raise protocol.unreachable(error, self.base_url) from error
-                await asyncio.sleep(protocol.pause_before(attempt))
-                continue
-            if is_last or not protocol.is_worth_retrying(request, response):
-                return response
-            await asyncio.sleep(protocol.pause_before(attempt, response))
-        raise AssertionError("the last try returns or raises")
+            else:
+                pause = patience.pause(response)
+                if pause is None:
+                    return response
+            await asyncio.sleep(pause)
 
 
 class AsyncJobHandle:
@@ -217,9 +221,9 @@ class AsyncJobHandle:
         """The run: summary and result."""
         return await self._client.runs.get(self.run_id)
 
-    def events(self, *, after: int = 0) -> AsyncIterator[Event]:
-        """Its events, live until it ends."""
-        return self._client.stream_events(self.id, after=after)
+    def events(self, *, after: int = 0, timeout: float | None = None) -> AsyncIterator[Event]:
+        """Its events, live until it ends, or for ``timeout`` seconds."""
+        return self._client.stream_events(self.id, after=after, timeout=timeout)
 
     async def wait(
         self,
@@ -229,15 +233,17 @@ class AsyncJobHandle:
         raise_on_failure: bool = False,
     ) -> Self:
         """Wait until the job has ended; see :meth:`service.client.JobHandle.wait`."""
-        end = None if timeout is None else time.monotonic() + timeout
+        deadline = Deadline(timeout)
         if on_event is None:
-            await self._poll_until_terminal(end)
+            await self._poll_until_terminal(deadline)
         else:
-            async for event in self.events():
+            async for event in self.events(timeout=timeout):
                 on_event(event)
-                if end is not None and time.monotonic() > end:
-                    raise TimeoutError(f"job {self.id} is still {self.status}")
+                if deadline.is_over:
+                    break
         await self.refresh()
+        if deadline.is_over and not self.is_terminal:
+            raise TimeoutError(f"job {self.id} is still {self.status}")
         if raise_on_failure and self.status != "succeeded":
             raise JobFailed(self.data)
         return self
@@ -262,8 +268,6 @@ class AsyncJobHandle:
         self.data = await self._client.jobs.retry(self.id)
         return self
 
-    async def _poll_until_terminal(self, end: float | None) -> None:
-        while not (await self.refresh()).is_terminal:
-            if end is not None and time.monotonic() > end:
-                raise TimeoutError(f"job {self.id} is still {self.status}")
-            await asyncio.sleep(protocol.POLL_SECONDS)
+    async def _poll_until_terminal(self, deadline: Deadline) -> None:
+        while not (await self.refresh()).is_terminal and not deadline.is_over:
+            await asyncio.sleep(min(protocol.POLL_SECONDS, deadline.left))

@@ -1,7 +1,9 @@
 """What both clients share and what needs no network: requests as values, retry rules, answers, server-sent events."""
 
 import json
+import math
 import random
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,7 +15,11 @@ from service.client.errors import ErpoApiError
 
 RETRIED = {408, 425, 429, 500, 502, 503, 504}
 MAX_TRIES = 5
+IN_PROGRESS_SECONDS = 600.0
+"""How long a request is sent again while the service works on it: what it answers then is no refusal."""
 POLL_SECONDS = 0.5
+SILENCE_SECONDS = 20.0
+"""A stream may be silent almost as long: the service sends a comment every 15 s."""
 
 
 @dataclass(frozen=True)
@@ -64,11 +70,58 @@ def _parameter(value: Any) -> Any:
     return str(value).lower() if isinstance(value, bool) else value
 
 
-def is_worth_retrying(request: Call, response: httpx.Response) -> bool:
-    """Whether the same request may succeed later."""
-    in_flight = response.status_code == 409 and _code(response) == "idempotency_in_progress"
-    repeatable = request.method in ("GET", "POST")
-    return repeatable and (response.status_code in RETRIED or in_flight)
+class Patience:
+    """Whether and when one request is sent again.
+
+    Up to ``MAX_TRIES`` where it may succeed later. While an earlier try of it is being worked on, as long as
+    ``IN_PROGRESS_SECONDS``: that one's answer is meant for this one too.
+    """
+
+    def __init__(self, request: Call) -> None:
+        self._is_repeatable = request.method in ("GET", "POST")
+        self._until = time.monotonic() + IN_PROGRESS_SECONDS
+        self._failures = self._waits = 0
+
+    def pause(self, response: httpx.Response | None) -> float | None:
+        """Seconds to wait before the next try; None where there is none. ``response``: None if no answer came."""
+        if response is not None and response.status_code == 409 and _code(response) == "idempotency_in_progress":
+            self._waits += 1
+            return pause_before(self._waits - 1, response) if time.monotonic() < self._until else None
+        self._failures += 1
+        may_succeed = response is None or response.status_code in RETRIED
+        if not self._is_repeatable or not may_succeed or self._failures >= MAX_TRIES:
+            return None
+        return pause_before(self._failures - 1, response)
+
+
+class Deadline:
+    """When a wait is over; never, if ``seconds`` is None."""
+
+    def __init__(self, seconds: float | None) -> None:
+        self._end = math.inf if seconds is None else time.monotonic() + seconds
+
+    @property
+    def left(self) -> float:
+        """Seconds, 0 at least."""
+        return max(0.0, self._end - time.monotonic())
+
+    @property
+    def is_over(self) -> bool:
+        """Whether no time is left."""
+        return self.left <= 0
+
+    @property
+    def is_near(self) -> bool:
+        """Whether a stream could be silent until then: it is polled from here on, for nobody can leave it meanwhile."""
+        return self.left <= SILENCE_SECONDS
+
+    def pause(self, failures: int) -> float:
+        """Seconds until a stream that broke, or was left, is asked again."""
+        return min(self.left, POLL_SECONDS if self.is_near else pause_before(min(failures, 3)))
+
+    def timeout(self) -> httpx.Timeout:
+        """Of a stream."""
+        return httpx.Timeout(min(30.0, self.left), read=min(45.0, self.left))
 
 
 def pause_before(attempt: int, response: httpx.Response | None = None) -> float:

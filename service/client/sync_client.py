@@ -10,7 +10,7 @@ import httpx
 from service.client import protocol
 from service.client.calls import GROUPS, submit
 from service.client.errors import ErpoApiError, JobFailed
-from service.client.protocol import Call, EventParser
+from service.client.protocol import Call, Deadline, EventParser, Patience
 
 Event = dict[str, Any]
 Json = Any
@@ -121,13 +121,16 @@ class ErpoClient:
         """The handle of an existing job."""
         return JobHandle(self, self.jobs.get(job_id))
 
-    def stream_events(self, job_id: str, *, after: int = 0) -> Iterator[Event]:
-        """The job's events from ``after`` on, until it ends; reconnects, and polls where streaming does not work."""
-        parser, failures = EventParser(last_seq=after), 0
-        while not parser.ended:
+    def stream_events(self, job_id: str, *, after: int = 0, timeout: float | None = None) -> Iterator[Event]:
+        """The job's events from ``after`` on, until it ends; reconnects, and polls where streaming does not work.
+
+        Of a job that has not ended after ``timeout`` seconds, no more come.
+        """
+        parser, deadline, failures = EventParser(last_seq=after), Deadline(timeout), 0
+        while not parser.ended and not deadline.is_over:
             before = parser.last_seq
             try:
-                yield from self._stream(job_id, parser)
+                yield from self._stream(job_id, parser, deadline)
                 failures = 0 if parser.last_seq > before else failures + 1
             except httpx.HTTPError as error:
                 failures = 0 if parser.last_seq > before else failures + 1
@@ -135,11 +138,13 @@ class ErpoClient:
                     raise protocol.unreachable(error, self.base_url) from error
             if not parser.ended:
                 yield from self._poll(job_id, parser)
-                time.sleep(protocol.pause_before(min(failures, 3)))
+                time.sleep(deadline.pause(failures))
 
-    def _stream(self, job_id: str, parser: EventParser) -> Iterator[Event]:
+    def _stream(self, job_id: str, parser: EventParser, deadline: Deadline) -> Iterator[Event]:
+        if deadline.is_near:
+            return
         headers = {"Accept": "text/event-stream", "Last-Event-ID": str(parser.last_seq)}
-        timeout = httpx.Timeout(30, read=45)  # The service sends a comment every 15 s.
+        timeout = deadline.timeout()
         with self._http.stream("GET", f"/jobs/{job_id}/events", headers=headers, timeout=timeout) as response:
             if not response.is_success:
                 response.read()
@@ -150,7 +155,7 @@ class ErpoClient:
                 return
             for line in response.iter_lines():
                 yield from parser.feed(line)
-                if parser.ended:
+                if parser.ended or deadline.is_near:
                     return
 
     def _poll(self, job_id: str, parser: EventParser) -> Iterator[Event]:
@@ -176,19 +181,19 @@ class ErpoClient:
         return JobHandle(self, self.send(submit(path, body)))
 
     def _send(self, request: Call) -> httpx.Response:
-        for attempt in range(protocol.MAX_TRIES):
-            is_last = attempt == protocol.MAX_TRIES - 1
+        patience = Patience(request)
+        while True:
             try:
                 response = self._http.request(**request.arguments())
             except httpx.TransportError as error:
-                if is_last or request.method not in ("GET", "POST"):
+                pause = patience.pause(None)
+                if pause is None:
                     raise protocol.unreachable(error, self.base_url) from error
-                time.sleep(protocol.pause_before(attempt))
-                continue
-            if is_last or not protocol.is_worth_retrying(request, response):
-                return response
-            time.sleep(protocol.pause_before(attempt, response))
-        raise AssertionError("the last try returns or raises")
+            else:
+                pause = patience.pause(response)
+                if pause is None:
+                    return response
+            time.sleep(pause)
 
 
 class JobHandle:
@@ -240,9 +245,9 @@ class JobHandle:
         """The run: summary and result."""
         return self._client.runs.get(self.run_id)
 
-    def events(self, *, after: int = 0) -> Iterator[Event]:
-        """Its events, live until it ends."""
-        return self._client.stream_events(self.id, after=after)
+    def events(self, *, after: int = 0, timeout: float | None = None) -> Iterator[Event]:
+        """Its events, live until it ends, or for ``timeout`` seconds."""
+        return self._client.stream_events(self.id, after=after, timeout=timeout)
 
     def wait(
         self,
@@ -257,15 +262,17 @@ class JobHandle:
             TimeoutError: it has not ended after ``timeout`` seconds; it goes on.
             JobFailed: it ended otherwise than well, if ``raise_on_failure``.
         """
-        end = None if timeout is None else time.monotonic() + timeout
+        deadline = Deadline(timeout)
         if on_event is None:
-            self._poll_until_terminal(end)
+            self._poll_until_terminal(deadline)
         else:
-            for event in self.events():
+            for event in self.events(timeout=timeout):
                 on_event(event)
-                if end is not None and time.monotonic() > end:
-                    raise TimeoutError(f"job {self.id} is still {self.refresh().status}")
+                if deadline.is_over:
+                    break
         self.refresh()
+        if deadline.is_over and not self.is_terminal:
+            raise TimeoutError(f"job {self.id} is still {self.status}")
         if raise_on_failure and self.status != "succeeded":
             raise JobFailed(self.data)
         return self
@@ -290,8 +297,6 @@ class JobHandle:
         self.data = self._client.jobs.retry(self.id)
         return self
 
-    def _poll_until_terminal(self, end: float | None) -> None:
-        while not self.refresh().is_terminal:
-            if end is not None and time.monotonic() > end:
-                raise TimeoutError(f"job {self.id} is still {self.status}")
-            time.sleep(protocol.POLL_SECONDS)
+    def _poll_until_terminal(self, deadline: Deadline) -> None:
+        while not self.refresh().is_terminal and not deadline.is_over:
+            time.sleep(min(protocol.POLL_SECONDS, deadline.left))

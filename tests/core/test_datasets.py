@@ -213,6 +213,19 @@ def test_a_hubs_rows_are_read_the_same_way(tmp_path, monkeypatch):
     assert [problem.problem for problem in kept] == ["q1", "q3"]
 
 
+def test_a_hubs_rows_are_numbered_where_their_ids_repeat(tmp_path, monkeypatch):
+    pytest.importorskip("datasets")
+    rows = [{"id": str(number % 3), "problem": f"p{number}", "answer": str(number)} for number in range(9)]
+    for name, content in (("org/repeated", rows), ("org/own", rows[:3])):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "train.jsonl").write_text("\n".join(map(json.dumps, content)))
+    monkeypatch.chdir(tmp_path)
+    repeated = load_problems("org/repeated", data_root=None, cache_dir=tmp_path)
+    assert [problem.id for problem in repeated] == [f"org/repeated/{number}" for number in range(9)]
+    assert [problem.problem for problem in repeated] == [row["problem"] for row in rows]
+    assert [problem.id for problem in load_problems("org/own", data_root=None, cache_dir=tmp_path)] == ["0", "1", "2"]
+
+
 @pytest.mark.parametrize(
     ("level", "kept"),
     [("3-5", ["5", "3"]), ("5", ["5"]), ("1, 3", ["3", "1"]), ("hard", ["Hard"]), ("1-9", None)],

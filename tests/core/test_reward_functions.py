@@ -1,11 +1,13 @@
 """Rewards have TRL's signature, take texts and chats alike, and refuse arguments they do not know."""
 
+import time
+
 import pytest
 
 pytest.importorskip("math_verify")
 
 from erpo_core.errors import SpecError
-from erpo_core.rewards.functions import check_rewards, reward_functions
+from erpo_core.rewards.functions import MAX_PATTERN_CHARS, check_rewards, known_rewards, reward_functions
 from erpo_core.rewards.verify import Verdict, Verifier
 from erpo_core.specs.common import RewardSpec
 
@@ -81,3 +83,17 @@ def test_wrong_arguments_are_refused_with_their_place(name, args):
         check_rewards([RewardSpec(name="boxed_format"), RewardSpec(name=name, args=args)])
     assert caught.value.pointer == "/rewards/1/args"
     assert caught.value.mend
+
+
+def test_patterns_are_bounded_before_any_is_compiled():
+    fits, wide = "a" * MAX_PATTERN_CHARS, "(?i)" + "[\u0100-\U0010ffff]" * 3000
+    check_rewards([RewardSpec(name="regex", args={"pattern": fits})])
+    for index, patterns in enumerate([[wide], [fits, "b"]]):
+        started = time.monotonic()
+        with pytest.raises(SpecError, match="characters") as caught:
+            check_rewards([RewardSpec(name="regex", args={"pattern": pattern}) for pattern in patterns])
+        assert time.monotonic() - started < 1
+        assert caught.value.pointer == f"/rewards/{index}/args"
+        assert "1000" in caught.value.mend
+    [listed] = [reward for reward in known_rewards() if reward["name"] == "regex"]
+    assert f"{MAX_PATTERN_CHARS:,} characters" in listed["description"]

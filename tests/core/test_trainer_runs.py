@@ -1,5 +1,6 @@
 """Training runs beyond the plain case: epochs, resume, precision, every weight, given adapters, layouts."""
 
+import json
 import time
 from types import SimpleNamespace
 
@@ -14,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from erpo_core import ERPOConfig, ERPOTrainer
 from erpo_core.codec import decode_trace
-from erpo_core.errors import RunError
+from erpo_core.errors import DatasetError, RunError
 from erpo_core.metric_names import describe
 from erpo_core.trainer.callbacks import RecordCallback
 from erpo_core.trainer.credit import TokenCredit
@@ -63,6 +64,19 @@ def make_trainer(tiny, folder, *, reward=even_ids, model=None, peft=True, **chan
 
 def metrics_of(records) -> list[dict]:
     return [record.values for record in records.by_kind["metrics"]]
+
+
+def test_golds_of_a_hub_that_are_read_as_nothing_are_refused_where_answers_are_judged(tiny, tmp_path, monkeypatch):
+    rows = [{"id": f"p{n}", "problem": f"{n}+1?", "answer": answer} for n, answer in enumerate("23")]
+    rows.append({"id": "odd", "problem": "?", "answer": r"\hbox{}"})
+    (tmp_path / "org" / "golds").mkdir(parents=True)
+    (tmp_path / "org" / "golds" / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DatasetError, match="answer of odd") as caught:
+        train(tiny, tmp_path / "judged", dataset="org/golds", max_steps=1)
+    assert (caught.value.pointer, caught.value.code) == ("/dataset", "unreadable_gold")
+    by_form = [{"name": "regex", "args": {"pattern": "[0-9a-f]"}}]
+    assert metrics_of(train(tiny, tmp_path / "by form", dataset="org/golds", max_steps=1, rewards=by_form))
 
 
 @pytest.mark.bitwise

@@ -130,6 +130,11 @@ TRAININGS = [
     ({"rewards": [{"name": "vibes"}]}, "/rewards/0/name", "'boxed_format'"),
     ({"rewards": [{"name": "accuracy", "args": {"x": 1}}]}, "/rewards/0/args", "no arguments"),
     ({"rewards": [{"name": "accuracy"}, {"name": "regex", "args": {"pattern": "("}}]}, "/rewards/1/args", "pattern"),
+    (
+        {"rewards": [{"name": "regex", "args": {"pattern": "(?i)" + "[\u0100-\uffff]" * 3000}}]},
+        "/rewards/0/args",
+        "1000",
+    ),
     ({"outcome_reward": "regex"}, "/outcome_reward", "add it"),
     ({"max_length": 100, "max_completion_length": 100}, "/max_completion_length", "below max_length"),
     ({"use_vllm": True, "lora": None}, "/use_vllm", "keep `lora`"),

@@ -1,12 +1,14 @@
 """What a dry run promises, against what runs do and models have."""
 
 import json
+from pathlib import Path
 
 import pytest
 
 from erpo_core.memory import ModelSize, count_parameters, model_size, rows_of_micro_batch, training_memory
 from erpo_core.specs import parse_spec
 from service.estimate import estimate
+from service.settings import Settings
 from tiny_model import make_tiny_model
 
 BODY = {"model": "m", "dataset": "d"}
@@ -42,8 +44,9 @@ def loaded(tiny):
     ("name", "parameters"),
     [
         ("smollm2-135m", 134_515_008),
-        ("Qwen/Qwen2.5-1.5B", 1.5e9),
-        ("Qwen/Qwen2.5-7B-Instruct", 7e9),
+        ("Qwen/Qwen2.5-1.5B", 1_543_714_304),
+        ("Qwen/Qwen2.5-7B-Instruct@0123abc", 7_615_616_512),
+        ("Qwen/Qwen3-8B", 8e9),
         ("HuggingFaceTB/SmolLM2-360M", 360e6),
         ("org/name-2bit", None),
         ("org/name", None),
@@ -53,6 +56,48 @@ def loaded(tiny):
 def test_a_models_size_is_known_by_its_name_or_not_at_all(name, parameters):
     size = model_size(name)
     assert (size and size.num_parameters) == parameters
+
+
+@pytest.mark.parametrize(
+    ("name", "heads", "kv_heads", "vocabulary", "tied"),
+    [
+        ("Qwen/Qwen2.5-1.5B", 12, 2, 151_936, True),
+        ("Qwen/Qwen2.5-3B-Instruct", 16, 2, 151_936, True),
+        ("Qwen/Qwen2.5-Math-7B", 28, 4, 152_064, False),
+    ],
+)
+def test_a_known_shape_has_as_many_parameters_as_the_model(name, heads, kv_heads, vocabulary, tied):
+    torch = pytest.importorskip("torch")
+    from transformers import AutoModelForCausalLM, Qwen2Config
+
+    size = model_size(name)
+    config = Qwen2Config(
+        hidden_size=size.shape.hidden_size,
+        intermediate_size=size.shape.intermediate_size,
+        num_hidden_layers=size.shape.num_layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        vocab_size=vocabulary,
+        tie_word_embeddings=tied,
+    )
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    assert size.num_parameters == sum(p.numel() for p in model.parameters())
+    assert size.shape.kv_size == model.model.layers[0].self_attn.k_proj.out_features
+
+
+EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("qwen*.json"))
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_a_dry_run_of_an_example_gives_numbers_for_all_that_it_names(api, database, tmp_path, path):
+    root = Settings(data_dir=tmp_path, database_url=database.url).data_root
+    row = {"problem": "p", "level": "Level 4", "type": "Algebra", "solution": "\\boxed{4}"}
+    (root / "math_train.jsonl").write_text(f"{json.dumps(row)}\n" * 20)
+    answer = api.post("/jobs/train", params={"dry_run": True}, json=json.loads(path.read_text()))
+    found = answer.json()["estimate"]
+    assert {"steps", "memory_bytes", "cpu_memory_bytes", "optimizer_bytes"} <= found.keys()
+    assert [name for name, value in found.items() if value is None] == []
 
 
 def test_a_folders_size_is_that_of_its_weights(tiny, loaded):
