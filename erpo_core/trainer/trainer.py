@@ -27,7 +27,7 @@ from erpo_core.trainer.rollouts import SampledAnswers
 from erpo_core.trainer.rows import stack_rows
 from erpo_core.trainer.sampling import make_sampler
 from erpo_core.trainer.saving import RotateCheckpoints, WholeCheckpoints
-from erpo_core.trainer.scoring import body_of
+from erpo_core.trainer.scoring import body_of, check_head
 from erpo_core.trainer.sharding import ShardedWeights
 from erpo_core.trainer.state import RunState
 from erpo_core.trainer.totals import Totals
@@ -74,6 +74,7 @@ class ERPOTrainer(ShardedWeights, ZeroParts, WholeCheckpoints, SampledAnswers, T
             super().__init__(model=model, reward_funcs=reward_funcs, args=args, **kwargs)
         finally:
             args.loss_type, args.beta, args.use_vllm = kept["loss_type"], kept["beta"], kept["use_vllm"]
+        check_head(self._policy.config)
         widen_adapters(self._policy)
         self.beta = args.beta
         self._check_layout()
