@@ -22,7 +22,7 @@ from erpo_core.trainer.batches import MicroBatch, Scored, TraceGroup
 from erpo_core.trainer.config import ERPOConfig
 from erpo_core.trainer.credit import TokenCredit
 from erpo_core.trainer.guards import SaveAtBoundaries, SkipNonFinite
-from erpo_core.trainer.reference import Reference
+from erpo_core.trainer.reference import Reference, check_adapters
 from erpo_core.trainer.rollouts import SampledAnswers
 from erpo_core.trainer.rows import stack_rows
 from erpo_core.trainer.sampling import make_sampler
@@ -57,6 +57,7 @@ class ERPOTrainer(ShardedWeights, ZeroParts, WholeCheckpoints, SampledAnswers, T
                 raise ValueError(f"{name}: not supported by ERPOTrainer; leave it out")
         if getattr(kwargs.get("peft_config"), "lora_dropout", 0):
             raise ValueError("peft_config: lora_dropout does nothing, scoring is without dropout; write 0")
+        check_adapters(model, kwargs.get("peft_config"))
         self.keeps_rollouts = self.keeps_traces = False
         self.traces: list[TraceGroup] = []
         self.rollout_log: list[MicroBatch] = []
