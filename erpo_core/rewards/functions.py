@@ -178,6 +178,8 @@ class LengthPenalty(_Function):
             raise ValueError("max_completion_len and soft_punish_cache must be whole numbers")
         if not 1 <= soft_punish_cache <= max_completion_len:
             raise ValueError("soft_punish_cache must be from 1 to max_completion_len")
+        if max_completion_len >= 2**31:
+            raise ValueError("max_completion_len must be at most 2147483647")
 
 
 class Regex(_Function):

@@ -10,7 +10,7 @@ class BranchSpec(Spec):
 
     model: ModelRef
     sequence: str = Field(pattern=r"^seq_[0-9a-f]{32}$", description="A stored sequence: `id` of a trace.")
-    position: int = Field(ge=0, description="Token of its answer, from 0, that is replaced.")
+    position: int = Field(ge=0, le=2**31 - 1, description="Token of its answer, from 0, that is replaced.")
     num_alternatives: int = Field(5, ge=1, le=50, description="Likeliest tokens; the written one is always added.")
     num_continuations: int = Field(8, ge=1, le=256, description="Continuations of each.")
     gold: Text | None = Field(None, description="Right answer, in place of the one stored with the sequence.")

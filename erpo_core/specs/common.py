@@ -1,11 +1,27 @@
 """Parts that several job specifications share. Field names are TRL's, PEFT's and vLLM's own where they have one."""
 
+import re
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    TypeAdapter,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import SchemaError
 
 Name = Annotated[str, Field(min_length=1, max_length=200)]
 Text = Annotated[str, Field(min_length=1, max_length=200_000)]
+LONGEST_ANSWER = 65_536
+"""Tokens of one answer that a request may ask for."""
+_ALL_LINEAR = "all-linear"
+_HEAD = "lm_head"
+_NO_HEAD = f"`{_HEAD}` cannot have an adapter; leave it out"
 
 
 class Spec(BaseModel):
@@ -18,7 +34,7 @@ class Spec(BaseModel):
         return [self]
 
 
-Checkpoint = Literal["last", "best"] | Annotated[int, Field(ge=0)]
+Checkpoint = Literal["last", "best"] | Annotated[int, Field(ge=0, le=2**31 - 1)]
 
 
 class CheckpointRef(Spec):
@@ -85,15 +101,51 @@ class LoraSpec(Spec):
     lora_alpha: int = Field(64, ge=1, le=4096, description="Scale; the update is multiplied by alpha / r.")
     lora_dropout: float = Field(0.0, ge=0, lt=1)
     target_modules: str | tuple[str, ...] = Field(
-        "all-linear", min_length=1, description="PEFT's `target_modules`; not the head, whose weights are scored with."
+        "all-linear",
+        min_length=1,
+        description="PEFT's `target_modules`: `all-linear`, a list of names, or one regular expression that matches "
+        "full names; not the head, whose weights are scored with.",
     )
 
     @field_validator("target_modules")
     @classmethod
-    def _not_the_head(cls, value: str | tuple[str, ...]) -> str | tuple[str, ...]:
-        if not isinstance(value, str) and any(name.split(".")[-1] == "lm_head" for name in value):
-            raise ValueError("`lm_head` cannot have an adapter; leave it out")
+    def _check_targets(cls, value: str | tuple[str, ...]) -> str | tuple[str, ...]:
+        if not isinstance(value, str):
+            _check_names(value)
+        elif value.lower() != _ALL_LINEAR:
+            _check_expression(value)
         return value
+
+
+def _check_names(names: tuple[str, ...]) -> None:
+    for name in names:
+        if name.lower() == _ALL_LINEAR:
+            raise ValueError(f'`{_ALL_LINEAR}` is no name of a module; write "{_ALL_LINEAR}", not a list')
+        if not re.fullmatch(r"[\w.-]+", name):
+            raise ValueError(f"{name!r} is no name of a module; write a list of names, or one expression as a string")
+        if name.split(".")[-1] == _HEAD:
+            raise ValueError(_NO_HEAD)
+
+
+def _check_expression(expression: str) -> None:
+    if re.fullmatch(r"[\w.,\s-]*", expression):
+        raise ValueError("a string is a regular expression that matches full names; write a list of names")
+    try:
+        re.compile(expression)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise ValueError(f"{error}; write a regular expression, or a list of names") from None
+    if _matches(expression, _HEAD):
+        raise ValueError(_NO_HEAD)
+
+
+def _matches(expression: str, name: str) -> bool:
+    """Whether it matches all of ``name``, by pydantic's engine, whose time is linear. What that one cannot read, look
+    around among it, counts as no match."""
+    try:
+        TypeAdapter(Annotated[str, StringConstraints(pattern=rf"\A(?:{expression})\z")]).validate_python(name)
+    except (ValidationError, SchemaError):
+        return False
+    return True
 
 
 class RewardSpec(Spec):
@@ -156,6 +208,6 @@ class SamplingSpec(Spec):
 
     temperature: float = Field(1.0, ge=0, le=10, description="0 is greedy decoding.")
     top_p: float = Field(1.0, gt=0, le=1)
-    top_k: int = Field(0, ge=0, description="0 keeps the whole vocabulary.")
-    max_completion_length: int = Field(512, ge=1, le=65_536, description="Tokens.")
+    top_k: int = Field(0, ge=0, le=2**31 - 1, description="0 keeps the whole vocabulary.")
+    max_completion_length: int = Field(512, ge=1, le=LONGEST_ANSWER, description="Tokens.")
     seed: int = Field(0, ge=0, le=2**31 - 1)

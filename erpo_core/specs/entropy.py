@@ -47,7 +47,7 @@ class AnswerSource(Spec):
     """Answers that a run of this service has stored: of an evaluation, or rollouts of a training."""
 
     run: str = Field(pattern=r"^run_[0-9a-f]{32}$", description="A run that has sampled answers.")
-    step: int | None = Field(None, ge=0, description="Only answers of this training step.")
+    step: int | None = Field(None, ge=0, le=2**31 - 1, description="Only answers of this training step.")
     limit: int = Field(200, ge=1, le=_MAX_SEQUENCES, description="Answers at most, in the order they were stored.")
 
 

@@ -45,8 +45,8 @@ class EvaluateSpec(Spec):
     prompt: PromptSpec = PromptSpec()
     sampling: SamplingSpec = SamplingSpec()
     num_samples: int = Field(16, ge=1, le=1024, description="Answers per problem.")
-    limit: int | None = Field(None, ge=1, description="Only the first problems, by order of the file.")
-    pass_at: tuple[Annotated[int, Field(ge=1)], ...] = Field(
+    limit: int | None = Field(None, ge=1, le=2**31 - 1, description="Only the first problems, by order of the file.")
+    pass_at: tuple[Annotated[int, Field(ge=1, le=1024)], ...] = Field(
         PASS_AT, max_length=16, description="k of pass@k and maj@k. Default: those of 1, 2, 4, 8, 16 up to num_samples."
     )
     truncated_boxed: Literal["credit", "wrong"] = Field(

@@ -26,7 +26,9 @@ class PerturbationSpec(Spec):
     sampling: SamplingSpec = Field(
         SamplingSpec(), description="Of the first answers and of the continuations; the length bounds each of them."
     )
-    limit: int | None = Field(None, ge=1, description="Problems that are tried at most, by order of the file.")
+    limit: int | None = Field(
+        None, ge=1, le=2**31 - 1, description="Problems that are tried at most, by order of the file."
+    )
     num_problems: int = Field(200, ge=1, le=10_000, description="Solved problems that are wanted.")
     num_attempts: int = Field(4, ge=1, le=64, description="Answers sampled to find whether a problem is solved.")
     min_solved: float = Field(1.0, gt=0, le=1, description="Share of the attempts that must be right.")

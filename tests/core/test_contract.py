@@ -3,6 +3,7 @@
 import pickle
 import subprocess
 import sys
+import time
 
 import pytest
 from hypothesis import given, settings
@@ -11,7 +12,7 @@ from pydantic import ValidationError
 
 from erpo_core import errors, records
 from erpo_core.job import JobInputs, ModelInput
-from erpo_core.specs import parse_spec
+from erpo_core.specs import SPECS, parse_spec
 
 TRAIN = {"model": "m", "dataset": "d"}
 
@@ -56,6 +57,44 @@ def test_without_accuracy_the_first_reward_decides_right_and_wrong():
         spec = parse_spec("train", TRAIN | {"rewards": [{"name": name} for name in rewards]})
         assert spec.outcome_reward == outcome
         assert parse_spec("train", spec.model_dump(mode="json")) == spec
+
+
+@pytest.mark.parametrize(
+    "modules",
+    [
+        "all-linear",
+        ["q_proj", "layers.0.mlp.up_proj"],
+        r".*\.(q_proj|v_proj)",
+        r"model\.layers\.\d{1,2}\.self_attn\.[qv]_proj",
+        r"(?!lm_head).*_proj",
+    ],
+)
+def test_modules_are_named_as_peft_reads_them(modules):
+    lora = parse_spec("train", TRAIN | {"lora": {"target_modules": modules}}).lora
+    assert lora.target_modules == (modules if isinstance(modules, str) else tuple(modules))
+
+
+@pytest.mark.parametrize("expression", ["(" * 20 + "." + "*)" * 20 + "x", "(?:(?:()){60000}){60000}x", "(?:.?){500}x"])
+def test_an_expression_that_would_be_tried_for_ever_is_read_at_once(expression):
+    started = time.monotonic()
+    parse_spec("train", TRAIN | {"lora": {"target_modules": expression}})
+    assert time.monotonic() - started < 5
+
+
+@pytest.mark.parametrize("kind", SPECS)
+def test_every_whole_number_of_a_request_has_a_bound(kind):
+    def unbounded(schema, path: str = ""):
+        if isinstance(schema, dict):
+            if schema.get("type") == "integer" and not {"maximum", "exclusiveMaximum", "const"} & schema.keys():
+                yield path
+            for name, value in schema.items():
+                yield from unbounded(value, f"{path}/{name}")
+        elif isinstance(schema, list):
+            for index, value in enumerate(schema):
+                yield from unbounded(value, f"{path}/{index}")
+
+    rewards = {path for path in unbounded(SPECS[kind].json_schema()) if path.startswith("/$defs/RewardSpec")}
+    assert set(unbounded(SPECS[kind].json_schema())) == rewards, "a reward checks its own arguments"
 
 
 def test_a_stored_spec_reads_back_as_itself():

@@ -217,6 +217,13 @@ def run_ranks(folder: Path, num_ranks: int) -> dict[str, dict[str, float]]:
     return {step: values for step, values in json.loads((folder / "evaluations.json").read_text()).items() if values}
 
 
+@pytest.mark.parametrize("algorithm", ["erpo", "sft"])
+def test_answers_are_no_longer_than_an_evaluation_may_ask_for(algorithm):
+    spec = parse_spec("train", {"model": "m", "dataset": "d", "algorithm": algorithm, "max_length": 131_072})
+    for room, longest in ((131_000, 65_536), (500, 500), (0, 1)):
+        assert evaluation_spec(spec, "d", room=room).sampling.max_completion_length == longest
+
+
 def test_benchmarks_of_one_name_are_told_apart():
     refs = ("math500", "math500?level=5", "data:mine.jsonl", "org/set@abc?split=test", "reasoning-gym:gcd?size=5")
     assert benchmark_labels(refs) == ["math500", "math500_2", "mine", "org/set@abc", "gcd"]

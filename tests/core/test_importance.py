@@ -1,6 +1,7 @@
 """The correction for an engine that is not exactly the trainer: the ratios, and the loss that they weigh."""
 
 import math
+from itertools import product
 
 import pytest
 import torch
@@ -94,6 +95,31 @@ def test_an_order_that_cannot_be_corrected_names_the_field(changes, field):
     with pytest.raises(ValueError, match=field):
         parse_spec("train", BODY | changes)
     assert parse_spec("train", BODY | {"use_vllm": True}).vllm_importance_sampling_clip_max == 3.0
+
+
+@pytest.mark.parametrize("correction", [False, True])
+@pytest.mark.parametrize("mode", ["token_truncate", "token_mask"])
+@pytest.mark.parametrize(("low", "high"), [*product([None, 0.5, 1.0], [None, 1.0, 3.0])])
+def test_bounds_are_refused_where_trl_refuses_them(tmp_path, correction, mode, low, high):
+    settings = {
+        "use_vllm": True,
+        "vllm_importance_sampling_correction": correction,
+        "vllm_importance_sampling_mode": mode,
+        "vllm_importance_sampling_clip_min": low,
+        "vllm_importance_sampling_clip_max": high,
+    }
+
+    def refusal(make) -> str:
+        try:
+            make()
+        except ValueError as error:
+            return str(error)
+        return ""
+
+    of_trl = refusal(lambda: ERPOConfig(str(tmp_path), use_cpu=True, **settings))
+    ours = refusal(lambda: parse_spec("train", BODY | settings))
+    assert bool(ours) == bool(of_trl)
+    assert ours.count("vllm_importance_sampling_clip_m") == of_trl.count("vllm_importance_sampling_clip_m")
 
 
 def test_a_cut_distribution_is_refused_in_a_script_as_well(tmp_path):

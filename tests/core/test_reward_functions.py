@@ -76,6 +76,7 @@ def test_a_name_that_comes_twice_gets_a_number(verifier):
         ("length_penalty", {"max_completion_len": 10}),
         ("length_penalty", {"max_completion_len": 10, "soft_punish_cache": 0}),
         ("length_penalty", {"max_completion_len": 2.5, "soft_punish_cache": 1}),
+        ("length_penalty", {"max_completion_len": 10**400, "soft_punish_cache": 1}),
     ],
 )
 def test_wrong_arguments_are_refused_with_their_place(name, args):

@@ -58,7 +58,7 @@ def make_trainer(tiny, folder, *, reward=even_ids, model=None, peft=True, **chan
         args=ERPOConfig(str(folder), **(values | changes)),
         train_dataset=Dataset.from_dict({"prompt": [f"{a}+{a}=" for a in range(16)]}),
         processing_class=AutoTokenizer.from_pretrained(tiny),
-        peft_config=LoraConfig(r=4, target_modules="all-linear") if peft else None,
+        peft_config=LoraConfig(r=4, target_modules="all-linear") if peft is True else peft or None,
     )
 
 

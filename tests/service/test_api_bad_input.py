@@ -82,6 +82,8 @@ def names(body: dict, pointer: str, mend: str) -> None:
 
 SERVER = {"use_vllm": True, "vllm_mode": "server"}
 SERVED = SERVER | {"vllm_server_base_url": "http://gpu-7:8000"}
+CORRECTED = {"use_vllm": True, "vllm_importance_sampling_correction": True}
+BOUNDS_OF_ONE = {"vllm_importance_sampling_clip_min": 1, "vllm_importance_sampling_clip_max": 1}
 TRAININGS = [
     ({"model": "nope"}, "/model", "smollm2-135m"),
     ({"model": ""}, "/model", "at least 1 character"),
@@ -108,6 +110,8 @@ TRAININGS = [
     ({"max_steps": 0}, "/max_steps", "write -1"),
     ({"algorithm": "sft", "max_steps": 0}, "/max_steps", "write -1"),
     ({"max_steps": -2}, "/max_steps", "at least -1"),
+    ({"max_steps": 10**400}, "/max_steps", "at most 2147483647"),
+    ({"model": {"run": NO_RUN, "checkpoint": 10**400}}, "/model/checkpoint", "at most 2147483647"),
     ({"temperature": -0.5}, "/temperature", "above 0"),
     ({"num_generation": 8}, "/num_generation", "`num_generations`"),
     ({"trust_remote_code": True}, "/trust_remote_code", "remove"),
@@ -125,6 +129,16 @@ TRAININGS = [
     ({"max_completion_length": 1024, "max_prompt_length": 1200}, "/max_completion_length", "below max_length"),
     ({"lora": {"r": 0}}, "/lora/r", "at least 1"),
     ({"lora": {"rank": 8}}, "/lora/rank", "remove"),
+    ({"lora": {"target_modules": "q_proj"}}, "/lora/target_modules", "write a list"),
+    ({"lora": {"target_modules": "q_proj,v_proj"}}, "/lora/target_modules", "write a list"),
+    ({"lora": {"target_modules": "layers.0.mlp.up_proj"}}, "/lora/target_modules", "write a list"),
+    ({"lora": {"target_modules": ["q_proj,v_proj"]}}, "/lora/target_modules", "a list of names"),
+    ({"lora": {"target_modules": [r".*\.q_proj"]}}, "/lora/target_modules", "as a string"),
+    ({"lora": {"target_modules": ["all-linear"]}}, "/lora/target_modules", 'write "all-linear"'),
+    ({"lora": {"target_modules": ["model.lm_head"]}}, "/lora/target_modules", "leave it out"),
+    ({"lora": {"target_modules": ".*"}}, "/lora/target_modules", "leave it out"),
+    ({"lora": {"target_modules": r".*\.q_proj|lm_head"}}, "/lora/target_modules", "leave it out"),
+    ({"lora": {"target_modules": r".*\.(q_proj"}}, "/lora/target_modules", "a regular expression"),
     ({"rewards": []}, "/rewards", "at least 1 item"),
     ({"rewards": [{"name": "accuracy"}, {"name": "vibes"}]}, "/rewards/1/name", "'boxed_format'"),
     ({"rewards": [{"name": "vibes"}]}, "/rewards/0/name", "'boxed_format'"),
@@ -156,6 +170,9 @@ TRAININGS = [
     (SERVER | {"vllm_server_base_url": "http://gpu-7:8000@evil"}, "/vllm_server_base_url", "^https?"),
     (SERVER | {"vllm_server_base_url": "http://gpu-7:8000/../x"}, "/vllm_server_base_url", "^https?"),
     (SERVED | {"vllm_importance_sampling_correction": True, "temperature": 0.7}, "/temperature", "write 1"),
+    (CORRECTED | {"vllm_importance_sampling_clip_max": None}, "/vllm_importance_sampling_clip_max", "write one"),
+    (BOUNDS_OF_ONE, "/vllm_importance_sampling_clip_min", "lower it"),
+    (CORRECTED | BOUNDS_OF_ONE, "/vllm_importance_sampling_clip_min", "lower it"),
     ({"hardware": {"strategy": "fsdp"}}, "/hardware/strategy", "'fsdp2'"),
     ({"hardware": {"num_gpus": 2}}, "/hardware/strategy", "write one"),
     ({"load_in_4bit": True, "hardware": {"num_gpus": 2, "strategy": "fsdp2"}}, "/load_in_4bit", "ddp"),
