@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import psutil
@@ -50,12 +50,15 @@ class Supervisor:
         *,
         command: Sequence[str] = CHILD_COMMAND,
         time_limit_seconds: float | None = None,
+        at_end: Callable[[], None] = lambda: None,
     ) -> None:
+        """``at_end``: what is to be done between the end of the processes and that of the attempt."""
         self._attempt = attempt
         self._settings = settings
         self._stopping = stopping
         self._command = list(command)
         self._time_limit = time_limit_seconds
+        self._at_end = at_end
         self._order = Order.NONE
         self._deadline: float | None = None
         self._asked = False
@@ -78,6 +81,7 @@ class Supervisor:
                     recorder.drain(self._settings.lease_seconds)
                     job_log.close(self._settings.lease_seconds)
                     child.stdout.close()
+                self._tidy()
             self._look(recorder, heart)
         if self._order is Order.LOST:
             return None
@@ -171,6 +175,13 @@ class Supervisor:
             log.error("%s: processes that cannot be killed; waiting for them", self._attempt.mark)
         child.wait()
         reap_orphans(self._started_at)
+
+    def _tidy(self) -> None:
+        """What goes wrong here is done at the next claim, and changes nothing in how this attempt ended."""
+        try:
+            self._at_end()
+        except Exception as error:
+            log.warning("%s: not tidied: %s", self._attempt.mark, error)
 
 
 def _last_word(ended: Ended | None, ended_at: float, of_a_rank: Failure | None) -> Ended | None:

@@ -302,10 +302,33 @@ def test_the_attempts_of_a_run_keep_no_more_checkpoints_together_than_it_may_hav
     with database.write() as session:
         jobs.request_pause(session, job_id)
     worker.join(20)
-    assert checkpoints(database, job_id) == [1, 2, 3, 4, 90], "the child rotates its own"
+    assert checkpoints(database, job_id) == [4, 90]
     with database.write() as session:
         jobs.resume_job(session, job_id)
     desk.ring()
-    assert checkpoints(database, job_id) == [4, 90, 91]
-    folder = settings.artifacts_dir / "runs" / job_of(database, job_id).run_id / "attempt-1"
-    assert sorted(path.name for path in folder.glob("step-*")) == ["step-4", "step-90"]
+    assert checkpoints(database, job_id) == [90, 91]
+    folder = settings.artifacts_dir / "runs" / job_of(database, job_id).run_id
+    assert sorted(path.name for path in folder.glob("*/step-*")) == ["step-90", "step-91"]
+
+
+def test_room_that_was_not_made_changes_no_outcome_and_is_made_at_the_next_claim(desk, database, settings, monkeypatch):
+    def is_away(*_):
+        raise ConnectionError("the database is away")
+
+    first = ["once", str(settings.data_dir / "again"), [["checkpoint", 1], ["checkpoint", 2], ["kill", 9]]]
+    with database.write() as session:
+        spec = {"model": "tiny", "save_total_limit": 1, "script": [first, ["metrics", 3, 3], ["wait_stop"]]}
+        job_id = create_job(session, kind="train", spec=spec, options={}).id
+    with monkeypatch.context() as patch:
+        patch.setattr("workers.claims.Attempt.remove_checkpoint", is_away)
+        desk.ring()
+    assert (job_of(database, job_id).status_reason, checkpoints(database, job_id)) == ("child_killed", [1, 2])
+    with database.write() as session:
+        jobs.retry_job(session, job_id)
+    worker = in_background(desk)
+    wait_for(lambda: job_of(database, job_id).status == "running")
+    assert checkpoints(database, job_id) == [2]
+    with database.write() as session:
+        jobs.request_cancel(session, job_id, "now")
+    worker.join(20)
+    assert job_of(database, job_id).status == "cancelled"
