@@ -6,6 +6,7 @@ buffer fills, then the socket, then the child's own window: the child waits and 
 
 import contextlib
 import logging
+import math
 import os
 import shutil
 import socket
@@ -18,6 +19,7 @@ from pathlib import Path
 
 from erpo_core.errors import FencedError
 from erpo_core.records import Ended, Record, encode_frame, from_wire, read_frame
+from workers.processes import boottime
 
 log = logging.getLogger(__name__)
 BUFFER_RECORDS = 2048
@@ -37,6 +39,7 @@ class Recorder:
 
     Attributes:
         ended: the child's last record, once written.
+        ended_at: when it came (CLOCK_BOOTTIME).
         fenced: the database refused the attempt; nothing more will be written.
         refused: why a record could not be stored, if one could not.
     """
@@ -44,6 +47,7 @@ class Recorder:
     def __init__(self, apply: Apply) -> None:
         self._apply = apply
         self.ended: Ended | None = None
+        self.ended_at = math.inf
         self.fenced = False
         self.refused: str | None = None
         self._folder = Path(tempfile.mkdtemp(prefix="erpo-", dir=_short_folder()))
@@ -108,6 +112,8 @@ class Recorder:
 
     def _receive(self, header: dict, payload: bytes, size: int) -> None:
         record = from_wire(header, payload)
+        if isinstance(record, Ended):
+            self.ended_at = boottime()
         with self._changed:
             self._changed.wait_for(lambda: self._stopped() or self._has_room())
             self._buffer.append((header["n"], record, size))

@@ -51,44 +51,72 @@ def resolve_inputs(session: Session, claim: Claim, settings: Settings) -> JobInp
 
 def _of_run(session: Session, claim: Claim, inputs: JobInputs, run_id: str) -> JobInputs:
     """Those of a further run of the job."""
-    model = _model_of(session, jobs.get_run(session, run_id))
+    model = _model_of(session, _get_run(session, run_id))
     rows, resolved = _stored_rows(session, claim, run_id), _resolved(session, run_id)
     return replace(inputs, run_id=run_id, model=model, stored_rows=rows, stored_traces=(), resolved=resolved)
 
 
+def _get_run(session: Session, run_id: str) -> Run:
+    """A run that may have been deleted since it was named: what was admitted runs, and the files are there."""
+    return jobs.get_run(session, run_id, or_deleted=True)
+
+
 def _resolved(session: Session, run_id: str) -> dict[str, Any]:
-    return jobs.get_run(session, run_id).resolved or {}
+    return _get_run(session, run_id).resolved or {}
 
 
 def _model(session: Session, claim: Claim) -> ModelInput:
     if claim.spec.get("answers_of"):
         return ModelInput("")  # nothing is loaded to judge stored answers: the checkpoint may be gone
-    return _model_of(session, jobs.get_run(session, claim.run_id))
+    return _model_of(session, _get_run(session, claim.run_id))
 
 
-def resolve_model(session: Session, reference: str | dict[str, Any], depth: int = 0) -> ModelInput:
-    """A name stays a name; a run's checkpoint becomes its base model and its adapter's folder.
+def resolve_model(session: Session, reference: str | dict[str, Any]) -> ModelInput:
+    """A name stays a name; a run's checkpoint becomes the base under it and its adapter's folder, or a base itself.
 
     Raises:
-        UnknownReferenceError: the run has no such checkpoint, or its files are gone.
+        UnknownReferenceError: the run has no such checkpoint, or files of it or of its base are gone.
     """
     if isinstance(reference, str):
         return ModelInput(reference)
+    run = _get_run(session, reference["run"])
+    folder = _checkpoint_folder(session, run.id, reference.get("checkpoint", "last"))
+    return ModelInput(_base_of(session, run), folder) if _has_adapter(run) else ModelInput(str(folder))
+
+
+def _model_of(session: Session, run: Run) -> ModelInput:
+    """What a run works on."""
+    parent = _parent(session, run)
+    if parent is not None and _has_adapter(parent):
+        return resolve_model(session, run.spec["model"])
+    return ModelInput(_base_of(session, run))
+
+
+def _base_of(session: Session, run: Run, depth: int = 0) -> str:
+    """The base that a run works on: once an attempt has loaded it, that one, whatever came after it.
+
+    What is named may be something else by then: a hub's newest commit, the last checkpoint of a run that went on. Of
+    the runs whose adapters lie between, no checkpoint need be there any more.
+    """
     if depth > _DEPTH:
         raise UnknownReferenceError("runs that start from one another in a circle", pointer="/model")
-    run = jobs.get_run(session, reference["run"])
-    folder = _checkpoint_folder(session, run.id, reference.get("checkpoint", "last"))
-    if run.spec.get("lora", True) is None:
-        return ModelInput(str(folder))
-    return ModelInput(_model_of(session, run, depth + 1).base, folder)
+    parent, found = _parent(session, run), runs.loaded_base(run)
+    if parent is not None and _has_adapter(parent):
+        return _base_of(session, parent, depth + 1)
+    if found is None:
+        return resolve_model(session, run.spec["model"]).base
+    return found if parent is None else str(_existing(Path(found)))
 
 
-def _model_of(session: Session, run: Run, depth: int = 0) -> ModelInput:
-    """What a run works on. Once an attempt has fetched its model from a hub, that commit, whatever came after it."""
-    model = resolve_model(session, run.spec["model"], depth)
-    found = run.resolved or {}
-    fetched = found.get("model", found).get("base", "")
-    return replace(model, base=fetched) if fetched.startswith(f"{model.base}@") else model
+def _parent(session: Session, run: Run) -> Run | None:
+    """The run whose checkpoint this one works on."""
+    model = run.spec["model"]
+    return None if isinstance(model, str) else _get_run(session, model["run"])
+
+
+def _has_adapter(run: Run) -> bool:
+    """Are the checkpoints of a training adapters, or has it trained every weight?"""
+    return run.spec.get("lora", True) is not None
 
 
 def _checkpoint_folder(session: Session, run_id: str, wanted: str | int) -> Path:
@@ -141,7 +169,7 @@ def _is_whole(folder: Path) -> bool:
 
 
 def surplus_checkpoints(session: Session, claim: Claim) -> dict[int, Path]:
-    """{step: folder} of what is over ``save_total_limit``, the best beside the last ones.
+    """{step: folder} of what is over ``save_total_limit``, the best beside the last ones, and no training's base.
 
     Of the whole run: a trainer rotates those of its own attempt alone.
     """
@@ -149,7 +177,8 @@ def surplus_checkpoints(session: Session, claim: Claim) -> dict[int, Path]:
     if limit is None or len(folders) <= limit:
         return {}
     kept = {*sorted(folders)[-limit:], runs.find_checkpoint(session, claim.run_id, "best").step}
-    return {step: folder for step, folder in folders.items() if step not in kept}
+    bases = runs.bases_of_trainings(session, claim.run_id)
+    return {step: folder for step, folder in folders.items() if step not in kept and str(folder) not in bases}
 
 
 def _resume_from(session: Session, claim: Claim) -> Path | None:
@@ -196,7 +225,7 @@ def _source(session: Session, claim: Claim) -> dict[str, Any] | None:
     if claim.kind == "branch":
         return _stored_sequence(session, claim.spec["sequence"])
     if claim.spec.get("answers_of"):
-        run = jobs.get_run(session, claim.spec["answers_of"])
+        run = _get_run(session, claim.spec["answers_of"])
         return {"resolved": run.resolved, "answers": runs.stored_answers(session, run.id, with_prompt=True)}
     source = claim.spec.get("source") if claim.kind == "entropy" else None
     if source is None:
@@ -220,5 +249,5 @@ def _stored_sequence(session: Session, sequence_id: str) -> dict[str, Any]:
 
 def _prompt_spec(session: Session, run_id: str) -> dict[str, Any]:
     """How the run's problems became prompts: an analysis of stored answers used that of the run which sampled them."""
-    spec = jobs.get_run(session, run_id).spec
+    spec = _get_run(session, run_id).spec
     return _prompt_spec(session, spec["source"]["run"]) if spec.get("source") else spec.get("prompt", {})

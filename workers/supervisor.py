@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import psutil
@@ -20,7 +20,7 @@ import psutil
 from erpo_core.job import JobInputs
 from erpo_core.records import Ended
 from service.settings import Settings
-from workers.child.ranks import failure_of_a_rank
+from workers.child.ranks import Failure, cause, failure_of_a_rank
 from workers.claims import Attempt
 from workers.heart import Heart
 from workers.joblog import JobLog
@@ -34,7 +34,8 @@ _LOOK_SECONDS = 0.05
 _NOW_SECONDS = 1.0
 """Cancelling without a checkpoint still gives the child this long to close what it holds."""
 _FOLLOW_SECONDS = 5.0
-"""When a rank has failed the others may fail of the same, and say so, or wait for it."""
+"""When a rank has failed the others may fail of the same, and say so, or wait for it. When the child has said its last
+word, what it has left running may end, or wait for something."""
 _WANTED = {"paused": Order.PAUSE, "cancelled": Order.CANCEL, "cancelled_now": Order.CANCEL_NOW}
 
 
@@ -49,12 +50,15 @@ class Supervisor:
         *,
         command: Sequence[str] = CHILD_COMMAND,
         time_limit_seconds: float | None = None,
+        at_end: Callable[[], None] = lambda: None,
     ) -> None:
+        """``at_end``: what is to be done between the end of the processes and that of the attempt."""
         self._attempt = attempt
         self._settings = settings
         self._stopping = stopping
         self._command = list(command)
         self._time_limit = time_limit_seconds
+        self._at_end = at_end
         self._order = Order.NONE
         self._deadline: float | None = None
         self._asked = False
@@ -77,12 +81,13 @@ class Supervisor:
                     recorder.drain(self._settings.lease_seconds)
                     job_log.close(self._settings.lease_seconds)
                     child.stdout.close()
+                self._tidy()
             self._look(recorder, heart)
         if self._order is Order.LOST:
             return None
         outcome = classify(
             self._order,
-            _last_word(recorder.ended, failure_of_a_rank(job_file.parent)),
+            _last_word(recorder.ended, recorder.ended_at, failure_of_a_rank(job_file.parent)),
             child.returncode,
             out_of_memory=memory_kills() > kills_before,
             detail=recorder.refused or f"{self._time_limit or 0:g}",
@@ -108,13 +113,14 @@ class Supervisor:
         )
 
     def _watch(self, child: subprocess.Popen, recorder: Recorder, heart: Heart, folder: Path) -> None:
-        """Until the child has ended by itself, or its time to leave is over, or that to follow a rank that failed."""
-        started, failed_at = time.monotonic(), None
+        """Until the child has ended by itself, or its time to leave is over, or that to follow its own last word or a
+        rank that failed."""
+        started, over_at = time.monotonic(), None
         while child.poll() is None:
             self._look(recorder, heart)
-            if failed_at is None and failure_of_a_rank(folder) is not None:
-                failed_at = time.monotonic()
-            if failed_at is not None and time.monotonic() - failed_at > _FOLLOW_SECONDS:
+            if over_at is None and (recorder.ended is not None or failure_of_a_rank(folder) is not None):
+                over_at = time.monotonic()
+            if over_at is not None and time.monotonic() - over_at > _FOLLOW_SECONDS:
                 return
             if self._time_limit is not None and time.monotonic() - started > self._time_limit:
                 self._give(Order.TIMEOUT)
@@ -170,12 +176,19 @@ class Supervisor:
         child.wait()
         reap_orphans(self._started_at)
 
+    def _tidy(self) -> None:
+        """What goes wrong here is done at the next claim, and changes nothing in how this attempt ended."""
+        try:
+            self._at_end()
+        except Exception as error:
+            log.warning("%s: not tidied: %s", self._attempt.mark, error)
 
-def _last_word(ended: Ended | None, of_a_rank: Ended | None) -> Ended | None:
-    """The child's, unless it tells no more than that another rank was gone."""
-    if of_a_rank is None or (ended is not None and (ended.status != "failed" or ended.code != "failed")):
+
+def _last_word(ended: Ended | None, ended_at: float, of_a_rank: Failure | None) -> Ended | None:
+    """The child's, unless it has failed because a rank that does not report had failed."""
+    if of_a_rank is None or (ended is not None and ended.status != "failed"):
         return ended
-    return of_a_rank
+    return of_a_rank.ended if ended is None else cause([Failure(ended, ended_at), of_a_rank]).ended
 
 
 def write_job_file(inputs: JobInputs, kind: str, spec: dict) -> Path:

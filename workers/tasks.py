@@ -96,6 +96,7 @@ class Desk:
             self._stopping,
             command=self._settings.child_command or CHILD_COMMAND,
             time_limit_seconds=claim.time_limit_seconds,
+            at_end=lambda: self._make_room(attempt, claim),
         )
         return supervisor.run(job_file)
 
@@ -105,12 +106,16 @@ class Desk:
         for step in damaged_checkpoints(folders):
             attempt.drop_checkpoint(step)
         with claims.waitable(), self._database.read() as session:
-            surplus = surplus_checkpoints(session, claim)
             inputs = resolve_inputs(session, claim, self._settings)
+        self._make_room(attempt, claim)  # an attempt whose worker was lost has not done it at its end
+        return inputs
+
+    def _make_room(self, attempt: Attempt, claim: Claim) -> None:
+        with claims.waitable(), self._database.read() as session:
+            surplus = surplus_checkpoints(session, claim)
         for step, folder in surplus.items():
             attempt.remove_checkpoint(step)
             shutil.rmtree(folder, ignore_errors=True)
-        return inputs
 
 
 def start_thread(target: Callable[[], None], name: str) -> threading.Thread:

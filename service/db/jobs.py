@@ -80,10 +80,10 @@ def get_job(s: Session, job_id: str) -> Job:
     return job
 
 
-def get_run(s: Session, run_id: str) -> Run:
-    """Raises NotFoundError for an id that names nothing."""
+def get_run(s: Session, run_id: str, *, or_deleted: bool = False) -> Run:
+    """Raises NotFoundError for an id that names nothing, and for that of a deleted run unless ``or_deleted``."""
     run = s.get(Run, run_id)
-    if run is None or run.deleted_at is not None:
+    if run is None or (run.deleted_at is not None and not or_deleted):
         raise NotFoundError(f"there is no run {run_id}")
     return run
 
@@ -216,7 +216,11 @@ def update_job(s: Session, job_id: str, **changes: Any) -> Job:
 
 
 def delete_job(s: Session, job_id: str) -> None:
-    """Hide a finished job and its runs. Raises ConflictError while it may still run."""
+    """Hide a finished job and its runs. Files stay: what others have trained on its checkpoints lies on them.
+
+    Raises:
+        ConflictError: it may still run.
+    """
     job = lock_job(s, job_id)
     if not job.is_terminal:
         raise ConflictError(

@@ -13,12 +13,14 @@ from service.db.types import clamp
 
 __all__ = [
     "answers_to_analyse",
+    "bases_of_trainings",
     "find_checkpoint",
     "get_run",
     "list_checkpoints",
     "list_completions",
     "list_items",
     "list_runs",
+    "loaded_base",
     "size_of_answers",
     "stored_answers",
 ]
@@ -136,3 +138,16 @@ def list_checkpoints(s: Session, run_id: str) -> list[Checkpoint]:
     return list(
         s.scalars(select(Checkpoint).where(Checkpoint.run_id == run_id).order_by(Checkpoint.step).limit(10_000))
     )
+
+
+def loaded_base(run: Run) -> str | None:
+    """The base model that an attempt of the run has reported: a name, that of a hub with its commit, or the folder of a
+    checkpoint of every weight. None where no attempt has come that far."""
+    found = run.resolved or {}
+    return found.get("model", found).get("base")
+
+
+def bases_of_trainings(s: Session, run_id: str) -> set[str]:
+    """Folders of a run's checkpoints that trainings have begun from, deleted ones as well: adapters lie on them."""
+    begun = s.scalars(select(Run).where(Run.target == run_id, Run.kind == "train"))
+    return {base for base in map(loaded_base, begun) if base is not None}

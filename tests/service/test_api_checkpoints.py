@@ -110,6 +110,17 @@ def test_a_deleted_job_takes_all_of_its_evaluations_with_it(api, database, train
     assert api.get(f"/runs/{trained}/evaluations").json()["data"] == []
 
 
+def test_where_a_training_is_deleted_what_was_trained_further_can_be_ordered_and_it_cannot(api, database, trained):
+    submit(database, spec={"model": {"run": trained, "checkpoint": 20}})
+    further = claim(database)
+    store(database, further, Checkpoint(5, "/x/5", []))
+    finish(database, further, "succeeded")
+    assert api.delete(f"/jobs/{run_of(database, trained).job_id}").status_code == 204
+    assert api.post("/jobs/evaluate", json=ORDER | {"model": {"run": further.run_id}}).status_code == 202
+    response = api.post("/jobs/evaluate", json=ORDER | {"model": {"run": trained}})
+    assert (response.status_code, response.json()["errors"][0]["pointer"]) == (422, "/model/run")
+
+
 def test_checkpoints_of_a_training_that_runs_are_waited_for(api, database):
     training = submit(database).run_id
     job = order(api, training, 10, 20).json()

@@ -3,8 +3,9 @@
 Steps: ``["metrics", first, last]``, ``["checkpoint", step]``, ``["print", text]``, ``["flood", bytes]``,
 ``["sleep", seconds]``, ``["wait_stop"]`` (until SIGTERM, then a checkpoint of step 90), ``["hang"]`` (deaf to it),
 ``["spawn"]`` (a grandchild in a session of its own), ``["kill", signal]``, ``["exit", code]``,
-``["fail", code, text]``, ``["fail_as_a_rank", code, text]`` (and goes on, as the others),
-``["memory"]`` (raises MemoryError), ``["once", marker, steps]`` (only if the file ``marker`` is not there yet).
+``["fail", code, text]``, ``["fail_as_a_rank", code, text]`` (another process does; this one goes on),
+``["memory"]`` (raises MemoryError), ``["once", marker, steps]`` (only if the file ``marker`` is not there yet),
+``["linger", seconds]`` (a thread outlives the script), ``["after_all", steps]`` (once the last word is stored).
 """
 
 import json
@@ -12,6 +13,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -29,6 +31,7 @@ from workers.child.stop import StopFlag
 class Script:
     def __init__(self, channel: Channel, inputs: JobInputs, stop: StopFlag) -> None:
         self.channel, self.inputs, self.stop = channel, inputs, stop
+        self.epilogue: list = []
 
     def run(self, steps: list) -> Ended:
         for name, *arguments in steps:
@@ -86,7 +89,17 @@ class Script:
         raise RunError(text, code=code)
 
     def fail_as_a_rank(self, code: str, text: str) -> None:
+        if pid := os.fork():
+            os.waitpid(pid, 0)
+            return
         tell_failure(Ended("failed", code, text), self.inputs.work_dir)
+        os._exit(0)
+
+    def linger(self, seconds: float) -> None:
+        threading.Thread(target=time.sleep, args=[seconds]).start()
+
+    def after_all(self, steps: list) -> None:
+        self.epilogue = steps
 
     def memory(self) -> None:
         raise MemoryError("no room for 8 EiB")
@@ -108,12 +121,14 @@ def main(path: str) -> None:
     stop = StopFlag()
     stop.listen()
     channel = Channel(os.environ["ERPO_RECORD_SOCKET"])
+    script = Script(channel, JobInputs.from_json(job["inputs"]), stop)
     try:
-        ended = Script(channel, JobInputs.from_json(job["inputs"]), stop).run(script_of(job["spec"]))
+        ended = script.run(script_of(job["spec"]))
     except Exception as error:
         ended = Ended("failed", failure_code(error), failure_message(error))
     channel.emit(ended)
     channel.close()
+    script.run(script.epilogue)
 
 
 if __name__ == "__main__":

@@ -1,19 +1,30 @@
 """What a child gets for the model, the checkpoint to resume from, and the answers that are already there."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from sqlalchemy import delete
 
 from erpo_core.checkpoints import publish
 from erpo_core.codec import encode_trace
-from erpo_core.errors import UnknownReferenceError
+from erpo_core.errors import RunError, UnknownReferenceError
 from erpo_core.job import JobInputs, ModelInput
+from erpo_core.models import adapter_digest
 from erpo_core.records import Checkpoint, Completions, Resolved, Trace
-from service.db import claims, runs, traces
+from erpo_core.resolved import report_resolved
+from service.db import claims, jobs, runs, traces
 from service.db.jobs import create_job
+from service.db.measured import Checkpoint as CheckpointRow
 from service.db.records import apply_records
-from workers.resolve import checkpoint_folders, damaged_checkpoints, resolve_inputs, resolve_model
+from workers.resolve import (
+    checkpoint_folders,
+    damaged_checkpoints,
+    resolve_inputs,
+    resolve_model,
+    surplus_checkpoints,
+)
 
 
 def train(session, settings, model="tiny", rewards=(0.1, 0.9, 0.4), **spec):
@@ -85,6 +96,117 @@ def test_a_checkpoint_of_every_weight_is_a_base_and_no_adapter(database, setting
         model = resolve_model(session, {"run": claim.run_id, "checkpoint": "last"})
     assert Path(model.base).name == "step-30"
     assert model.adapter_path is None
+
+
+def saved(session, claim, settings, *steps):
+    """Checkpoints of one more attempt, which is under way."""
+    folders = [settings.artifacts_dir / claim.run_id / f"attempt-{claim.attempt}" / f"step-{step}" for step in steps]
+    for folder in folders:
+        folder.mkdir(parents=True)
+    records = [Checkpoint(step, str(folder), []) for step, folder in zip(steps, folders, strict=True)]
+    apply_records(session, job_id=claim.job_id, run_id=claim.run_id, attempt=claim.attempt, records=records)
+
+
+def again(session, claim):
+    """The next attempt of a job whose attempt has failed."""
+    claims.finish_attempt(session, claim.job_id, claim.attempt, outcome="failed")
+    jobs.retry_job(session, claim.job_id)
+    return claims.claim_next(session, queues=["default"], worker_id="w", lease_seconds=60)
+
+
+def on_every_weight(session, settings, **spec):
+    """A training of every weight, and one that has begun from its last checkpoint and has saved one itself."""
+    whole = train(session, settings, lora=None, **spec)
+    begun = train(session, settings, model={"run": whole.run_id, "checkpoint": "last"}, rewards=(0.5,))
+    base = resolve_inputs(session, begun, settings).model.base
+    found = [Resolved({"model": {"base": base}})]
+    apply_records(session, job_id=begun.job_id, run_id=begun.run_id, attempt=1, records=found)
+    return whole, begun, base
+
+
+def test_what_was_trained_on_every_weight_of_a_run_stays_on_the_checkpoint_that_it_began_from(database, settings):
+    with database.write() as session:
+        whole, begun, base = on_every_weight(session, settings)
+        saved(session, again(session, whole), settings, 40)
+        assert Path(resolve_model(session, {"run": whole.run_id}).base).name == "step-40"
+        trained = resolve_model(session, {"run": begun.run_id})
+        on_top = train(session, settings, model={"run": begun.run_id, "checkpoint": "last"}, rewards=(0.5,))
+        assert (Path(base).name, trained.base) == ("step-30", base)
+        assert resolve_model(session, {"run": on_top.run_id}).base == base
+        assert resolve_inputs(session, again(session, begun), settings).model == ModelInput(base)
+        Path(base).rmdir()
+        for run in (begun, on_top):
+            with pytest.raises(UnknownReferenceError, match="step-30") as caught:
+                resolve_model(session, {"run": run.run_id})
+            assert caught.value.code == "checkpoint_missing"
+
+
+def test_an_evaluation_of_every_weight_goes_on_with_the_checkpoint_that_it_began_with(database, settings):
+    with database.write() as session:
+        whole = train(session, settings, lora=None)
+        claim = claimed(session, "evaluate", {"model": {"run": whole.run_id, "checkpoint": "last"}})
+        first = resolve_inputs(session, claim, settings).model
+        found = [Resolved({"base": first.base})]
+        apply_records(session, job_id=claim.job_id, run_id=claim.run_id, attempt=1, records=found)
+        saved(session, again(session, whole), settings, 40)
+        assert resolve_inputs(session, again(session, claim), settings).model == first
+
+
+def test_a_checkpoint_that_another_training_lies_on_makes_no_room(database, settings):
+    with database.write() as session:
+        whole, _, base = on_every_weight(session, settings, save_total_limit=1)
+        later = again(session, whole)
+        saved(session, later, settings, 40, 50)
+        # 20 is the best, 30 the base, 50 the last.
+        assert list(surplus_checkpoints(session, later)) == [10, 40]
+        assert Path(base).name == "step-30"
+
+
+def test_a_later_attempt_never_goes_on_from_another_adapter_than_the_first(database, settings):
+    """The run that it names has another last checkpoint by then: the attempt is refused, as where a file is another."""
+    with database.write() as session:
+        first = train(session, settings)
+        second = train(session, settings, model={"run": first.run_id, "checkpoint": "last"}, rewards=(0.5,))
+        began = resolve_inputs(session, second, settings).model
+        (began.adapter_path / "adapter_model.safetensors").write_bytes(b"began with")
+        found = Resolved({"model": {"base": "tiny", "adapter_digest": adapter_digest(began.adapter_path)}})
+        apply_records(session, job_id=second.job_id, run_id=second.run_id, attempt=1, records=[found])
+        saved(session, again(session, first), settings, 40)
+        inputs = resolve_inputs(session, again(session, second), settings)
+    (inputs.model.adapter_path / "adapter_model.safetensors").write_bytes(b"went on")
+    now = {"model": {"base": "tiny", "adapter_digest": adapter_digest(inputs.model.adapter_path)}}
+    sent = []
+    with pytest.raises(RunError) as caught:
+        report_resolved(SimpleNamespace(emit=sent.append), inputs, now)
+    assert (caught.value.code, sent) == ("inputs_changed", [])
+
+
+def test_of_the_runs_under_an_adapter_only_the_base_is_needed(database, settings):
+    """The job may be deleted, and its checkpoint may have made room."""
+    with database.write() as session:
+        first = train(session, settings)
+        second = train(session, settings, model={"run": first.run_id, "checkpoint": 10}, rewards=(0.5,))
+        claims.finish_attempt(session, first.job_id, 1, outcome="succeeded")
+        session.execute(delete(CheckpointRow).where(CheckpointRow.run_id == first.run_id))
+        jobs.delete_job(session, first.job_id)
+        model = resolve_model(session, {"run": second.run_id})
+    assert (model.base, step_of(model)) == ("tiny", "step-10")
+    assert second.run_id in str(model.adapter_path)
+
+
+def test_a_job_that_was_taken_runs_though_what_it_names_is_deleted_since(database, settings):
+    with database.write() as session:
+        first = train(session, settings, prompt={"template": "raw"})
+        rows = [{"prompt_id": "p", "sample": 0, "prompt": "1?", "completion": "2", "gold": "1"}]
+        apply_records(session, job_id=first.job_id, run_id=first.run_id, attempt=1, records=[Completions(10, rows)])
+        claims.finish_attempt(session, first.job_id, 1, outcome="succeeded")
+        second = train(session, settings, model={"run": first.run_id, "checkpoint": 20}, rewards=())
+        source = {"run": first.run_id, "step": None, "limit": 1}
+        third = claimed(session, "entropy", {"source": source})
+        jobs.delete_job(session, first.job_id)
+        inputs = resolve_inputs(session, second, settings)
+        assert (inputs.model.base, step_of(inputs.model)) == ("tiny", "step-20")
+        assert resolve_inputs(session, third, settings).source["prompt_spec"] == {"template": "raw"}
 
 
 def test_a_checkpoint_that_is_not_there_is_named(database, settings):

@@ -111,6 +111,36 @@ def test_a_rank_that_fails_alone_ends_the_job_with_its_reason(desk, database, ot
     assert rewards(database, job_id) == [1, 2]
 
 
+def test_of_ranks_that_do_not_report_the_first_to_fail_has_the_reason(desk, database):
+    full, lost = "OSError: [Errno 28] No space left on device", "RuntimeError: Connection closed by peer"
+    job_id = submit(database, *(["fail_as_a_rank", "failed", text] for text in (full, lost, lost)), ["hang"])
+    desk.ring()
+    assert job_of(database, job_id).error["message"] == full
+
+
+@pytest.mark.parametrize("own_code", [False, True])
+def test_a_rank_that_fails_because_the_reporting_one_is_gone_hides_no_reason(desk, database, own_code):
+    """Unless it has more to say than that."""
+    lost = ["fail_as_a_rank", "oom" if own_code else "failed", "RuntimeError: Connection closed by peer"]
+    full = ["fail", "failed", "OSError: [Errno 28] No space left on device"]
+    job_id = submit(database, ["metrics", 1, 2], ["after_all", [lost]], full)
+    desk.ring()
+    job = job_of(database, job_id)
+    assert (job.status, job.status_reason) == ("failed", lost[1])
+    assert job.error["message"] == (lost if own_code else full)[2]
+
+
+@pytest.mark.parametrize("failure", [[], [["fail", "hub_unavailable", "the hub is away"]]], ids=["done", "failed"])
+def test_a_child_that_stays_after_its_last_word_frees_its_worker(desk, database, failure):
+    job_id = submit(database, ["metrics", 1, 2], ["linger", 600], ["spawn"], *failure)
+    started = time.monotonic()
+    desk.ring()
+    assert time.monotonic() - started < 30
+    job = job_of(database, job_id)
+    assert (job.status, job.status_reason) == (("failed", "hub_unavailable") if failure else ("succeeded", None))
+    assert not attempt_processes(f"{job_id}:1")
+
+
 def test_a_checkpoint_that_is_long_to_read_keeps_its_lease(desk, database, settings, monkeypatch):
     job_id = submit(database, ["checkpoint", 5], ["once", str(settings.data_dir / "again"), [["kill", 9]]])
     beats = []
@@ -300,10 +330,33 @@ def test_the_attempts_of_a_run_keep_no_more_checkpoints_together_than_it_may_hav
     with database.write() as session:
         jobs.request_pause(session, job_id)
     worker.join(20)
-    assert checkpoints(database, job_id) == [1, 2, 3, 4, 90], "the child rotates its own"
+    assert checkpoints(database, job_id) == [4, 90]
     with database.write() as session:
         jobs.resume_job(session, job_id)
     desk.ring()
-    assert checkpoints(database, job_id) == [4, 90, 91]
-    folder = settings.artifacts_dir / "runs" / job_of(database, job_id).run_id / "attempt-1"
-    assert sorted(path.name for path in folder.glob("step-*")) == ["step-4", "step-90"]
+    assert checkpoints(database, job_id) == [90, 91]
+    folder = settings.artifacts_dir / "runs" / job_of(database, job_id).run_id
+    assert sorted(path.name for path in folder.glob("*/step-*")) == ["step-90", "step-91"]
+
+
+def test_room_that_was_not_made_changes_no_outcome_and_is_made_at_the_next_claim(desk, database, settings, monkeypatch):
+    def is_away(*_):
+        raise ConnectionError("the database is away")
+
+    first = ["once", str(settings.data_dir / "again"), [["checkpoint", 1], ["checkpoint", 2], ["kill", 9]]]
+    with database.write() as session:
+        spec = {"model": "tiny", "save_total_limit": 1, "script": [first, ["metrics", 3, 3], ["wait_stop"]]}
+        job_id = create_job(session, kind="train", spec=spec, options={}).id
+    with monkeypatch.context() as patch:
+        patch.setattr("workers.claims.Attempt.remove_checkpoint", is_away)
+        desk.ring()
+    assert (job_of(database, job_id).status_reason, checkpoints(database, job_id)) == ("child_killed", [1, 2])
+    with database.write() as session:
+        jobs.retry_job(session, job_id)
+    worker = in_background(desk)
+    wait_for(lambda: job_of(database, job_id).status == "running")
+    assert checkpoints(database, job_id) == [2]
+    with database.write() as session:
+        jobs.request_cancel(session, job_id, "now")
+    worker.join(20)
+    assert job_of(database, job_id).status == "cancelled"

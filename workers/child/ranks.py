@@ -3,16 +3,27 @@
 import json
 import os
 import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
 from erpo_core.launch import launcher
 from erpo_core.records import Ended, Record
 from workers.child.guard import SUPERVISOR_VARIABLE
+from workers.processes import boottime
 
 RANK_VARIABLE = "RANK"
 """torchrun's."""
-_FAILURE = "failed-rank.json"
+_FAILURE = "failed-rank-"
+
+
+@dataclass(frozen=True)
+class Failure:
+    """What one of the processes of a job has failed of, and when (CLOCK_BOOTTIME)."""
+
+    ended: Ended
+    at: float
 
 
 def wanted_processes(job: dict[str, Any]) -> int:
@@ -39,18 +50,24 @@ def become_launcher(count: int, strategy: str, path: str) -> None:
 
 
 def tell_failure(ended: Ended, folder: Path) -> None:
-    """What a rank that does not report has failed of, for the supervisor: the others may wait for it for ever."""
-    draft = folder / f"{_FAILURE}.{os.getpid()}"
-    draft.write_text(json.dumps({"code": ended.code, "message": ended.message}))
-    draft.replace(folder / _FAILURE)
+    """Of a rank that does not report, for the supervisor: the others may wait for it for ever."""
+    path = folder / f"{_FAILURE}{os.getpid()}.json"
+    draft = path.with_suffix(".draft")
+    draft.write_text(json.dumps({"code": ended.code, "message": ended.message, "at": boottime()}))
+    draft.replace(path)
 
 
-def failure_of_a_rank(folder: Path) -> Ended | None:
-    """What :func:`tell_failure` has left in the attempt's folder."""
-    try:
-        return Ended("failed", **json.loads((folder / _FAILURE).read_text()))
-    except FileNotFoundError:
-        return None
+def failure_of_a_rank(folder: Path) -> Failure | None:
+    """What :func:`tell_failure` has left in the attempt's folder: of several, the cause."""
+    found = (json.loads(path.read_text()) for path in folder.glob(f"{_FAILURE}*.json"))
+    failures = [Failure(Ended("failed", one["code"], one["message"]), one["at"]) for one in found]
+    return cause(failures) if failures else None
+
+
+def cause(failures: Iterable[Failure]) -> Failure:
+    """Of processes that work together one fails, and the others have lost their peer: the one is that which has a code
+    of its own, or the first."""
+    return min(failures, key=lambda failure: (failure.ended.code == "failed", failure.at))
 
 
 def end_rank(*, leaves_group: bool) -> NoReturn:
