@@ -7,12 +7,9 @@ the answers come from generators of their own, and the global ones are put back:
 
 import math
 import random
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
 from erpo_core.advantages import has_contrast
@@ -22,6 +19,7 @@ from erpo_core.job import Stop
 from erpo_core.records import Event, Progress, Sink
 from erpo_core.rewards.answers import has_answer
 from erpo_core.trainer import ranks
+from erpo_core.trainer.randomness import RandomState
 
 if TYPE_CHECKING:
     from erpo_core.trainer.trainer import ERPOTrainer
@@ -71,7 +69,7 @@ def run_preflight(trainer: "ERPOTrainer", sink: Sink, stop: Stop) -> None:
     order = random.Random(trainer.args.seed).sample(range(len(rows)), min(MAX_PROMPTS, len(rows)))
     size = trainer.args.generation_batch_size // trainer.num_generations
     found, spread = Findings(), 0.0
-    with _random_state_kept():
+    with RandomState.current().restored():
         for start in range(0, len(order), size):
             sink.emit(Progress("generate", start, len(order)))
             found += _look_at(trainer, [rows[index] for index in order[start : start + size]], start, stop)
@@ -164,15 +162,3 @@ def _rewards(
 
 def _ignore(*_: Any) -> None:
     pass
-
-
-@contextmanager
-def _random_state_kept() -> Iterator[None]:
-    python, numpy = random.getstate(), np.random.get_state()
-    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-    try:
-        with torch.random.fork_rng(devices=devices):
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
