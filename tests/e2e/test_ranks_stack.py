@@ -36,3 +36,17 @@ def test_two_processes_train_one_model_and_leave_together(stack, model_root, str
         wait_for(lambda: client.jobs.get(job.id)["is_terminal"], 60, stack)
         assert ranks(stack) == []
     assert stack.stop(signal.SIGTERM) == []
+
+
+def test_where_the_process_that_saves_cannot_the_job_says_why_and_not_that_the_other_lost_it(stack, model_root):
+    two = SPEC | {"hardware": {"num_gpus": 2, "strategy": "ddp"}, "trace_every": 0}
+    stack.start()
+    with ErpoClient(stack.url) as client:
+        job = client.train(model=str(model_root / "tiny"), **two)
+        place = stack.data_dir / "artifacts" / "runs" / job.run_id / "attempt-1" / "checkpoints" / "checkpoint-1"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_text("a file, where the checkpoint is to be a folder")
+        job.wait(timeout=180)
+        error = client.jobs.get(job.id)["error"]
+        assert error["message"].startswith("NotADirectoryError"), stack.said()
+        wait_for(lambda: ranks(stack) == [], 5, stack)
