@@ -55,6 +55,7 @@ def score_tokens(
     details: bool = True,
     ref_hidden: Tensor | None = None,
     ref_weight: Tensor | None = None,
+    ref_bias: Tensor | None = None,
     tile_elements: int | None = None,
 ) -> TokenScores:
     """Score ``targets`` under softmax((hidden @ weight.T + bias) / temperature).
@@ -70,7 +71,8 @@ def score_tokens(
         bias: (V,) or None.
         details: Also ``varentropies`` and ``ranks``.
         ref_hidden: (N, H) of the reference model, for ``ref_logps`` and ``kls``.
-        ref_weight: (V, H), the reference's head; ``weight`` where it is the same.
+        ref_weight: (V, H), the reference's head; None where it is the same, its bias too.
+        ref_bias: (V,) of a head of its own, or None.
         tile_elements: Logits alive at once, two or three times; None: ``TILE_ELEMENTS`` of the device.
 
     Raises:
@@ -84,7 +86,7 @@ def score_tokens(
     head = _Head(weight, bias, temperature)
     reference = None
     if ref_hidden is not None:
-        reference = ref_hidden.detach(), head if ref_weight is None else _Head(ref_weight, bias, temperature)
+        reference = ref_hidden.detach(), head if ref_weight is None else _Head(ref_weight, ref_bias, temperature)
     tile_elements = tile_elements or TILE_ELEMENTS.get(hidden.device.type, TILE_ELEMENTS["cpu"])
     return TokenScores(*_Score.apply(hidden, head, targets, details, reference, needs_grad, tile_elements))
 

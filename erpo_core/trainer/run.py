@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import TrainingArguments
 
 from erpo_core.data.formats import Problem, problems_digest
 from erpo_core.data.golds import check_golds
@@ -159,7 +160,7 @@ def make_config(spec: GrpoTrainSpec, output_dir: Path, *, bf16: bool) -> ERPOCon
         values |= {name: getattr(spec, name) for name in ERPO_ONLY}
     share = spec.generation_batch_size // max(1, spec.hardware.num_gpus)
     size = rows_of_micro_batch(spec, on_cuda=torch.cuda.is_available())
-    return ERPOConfig(
+    args = ERPOConfig(
         output_dir=str(output_dir),
         per_device_train_batch_size=size,
         gradient_accumulation_steps=share // size,
@@ -172,6 +173,14 @@ def make_config(spec: GrpoTrainSpec, output_dir: Path, *, bf16: bool) -> ERPOCon
         vllm_max_model_length=spec.max_length,
         **values,
     )
+    use_one_device(args)
+    return args
+
+
+def use_one_device(args: TrainingArguments) -> None:
+    """Train on one GPU, of however many the process sees: transformers would copy the model to each for every batch,
+    and TRL refuses that. Several devices have a process each."""
+    args._n_gpu = min(1, args.n_gpu)
 
 
 def first_process_first() -> AbstractContextManager[None]:

@@ -84,6 +84,8 @@ class ReferenceStates:
     """(N, H), no gradient."""
     weight: Tensor | None
     """(V, H) of its head; None where it is the policy's."""
+    bias: Tensor | None = None
+    """(V,) of a head of its own, if that has one."""
 
 
 def hidden_states(model: Any, rollouts: Rollouts, *, packed: bool | None = None) -> Tensor:
@@ -104,9 +106,13 @@ def hidden_states(model: Any, rollouts: Rollouts, *, packed: bool | None = None)
 def reference_states(reference: Any, policy: Any, rollouts: Rollouts, *, packed: bool | None = None) -> ReferenceStates:
     """For ``score_rollouts`` of ``policy``."""
 
-    def states() -> tuple[Tensor, Tensor | None]:
+    def states() -> tuple[Tensor | None, ...]:
         hidden = hidden_states(reference, rollouts, packed=packed)
-        return hidden, None if _has_one_head(reference, policy) else reference.get_output_embeddings().weight.detach()
+        if _has_one_head(reference, policy):
+            return hidden, None
+        head = reference.get_output_embeddings()
+        bias = getattr(head, "bias", None)
+        return hidden, head.weight.detach(), None if bias is None else bias.detach()
 
     return ReferenceStates(*inside(reference, states))
 
@@ -177,6 +183,7 @@ def _score_head(head, hidden_NH: Tensor, targets_N: Tensor, temperature: float, 
         details=False,
         ref_hidden=None if reference is None else reference.hidden,
         ref_weight=None if reference is None else reference.weight,
+        ref_bias=None if reference is None else reference.bias,
         tile_elements=_CUDA_TILE_ELEMENTS if hidden_NH.is_cuda else None,
     )
     if not trained or not len(targets_N):

@@ -23,7 +23,7 @@ from erpo_core.trainer.callbacks import RecordCallback
 from erpo_core.trainer.data import load_training_problems, make_solution_dataset, report_dropped
 from erpo_core.trainer.evaluating import PolicyEvaluation, load_benchmarks
 from erpo_core.trainer.guards import SkipNonFinite
-from erpo_core.trainer.run import described, first_process_first, lora_config, train_to_end, wants_bf16
+from erpo_core.trainer.run import described, first_process_first, lora_config, train_to_end, use_one_device, wants_bf16
 from erpo_core.trainer.sampling import TransformersSampler
 from erpo_core.trainer.saving import RotateCheckpoints, WholeCheckpoints
 from erpo_core.trainer.sharding import ShardedWeights
@@ -173,7 +173,7 @@ def make_sft_config(spec: SftTrainSpec, output_dir: Path, *, bf16: bool) -> Solu
     on_gpu = torch.cuda.is_available()
     share = spec.train_batch_size // max(1, spec.hardware.num_gpus)
     size = rows_of_micro_batch(spec, on_cuda=on_gpu)
-    return SolutionConfig(
+    args = SolutionConfig(
         output_dir=str(output_dir),
         per_device_train_batch_size=size,
         gradient_accumulation_steps=share // size,
@@ -187,3 +187,5 @@ def make_sft_config(spec: SftTrainSpec, output_dir: Path, *, bf16: bool) -> Solu
         dataloader_pin_memory=False,
         **{name: getattr(spec, name) for name in PASSED_THROUGH},
     )
+    use_one_device(args)
+    return args

@@ -1,4 +1,4 @@
-"""Adapters of every kind that PEFT makes: pi_ref is the policy that training started from, or the kind is refused."""
+"""pi_ref is the policy that training started from, whatever adapter PEFT makes, or the kind is refused."""
 
 import copy
 
@@ -8,7 +8,7 @@ from peft import AdaLoraConfig, IA3Config, LoraConfig, PromptTuningConfig, get_p
 from peft.tuners.lora import KasaConfig
 from test_trainer import train
 from test_trainer_runs import make_trainer
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PhiConfig, PhiForCausalLM
 
 from erpo_core.checkpoints import checkpoint_folder
 from erpo_core.job import ModelInput
@@ -86,6 +86,17 @@ def test_the_reference_of_a_trained_adapter_is_as_it_was_given(tiny, tmp_path, n
     policy = trained(get_peft_model(load(tiny, untied=name == "saved head"), LoraConfig(**CONFIGS[name])))
     start = copy.deepcopy(policy)
     assert_compared_with(start, make_trainer(tiny, tmp_path, model=policy, peft=None, **SETTINGS))
+
+
+@pytest.mark.parametrize("config", [None, ATTENTION | {"modules_to_save": ["lm_head"]}], ids=["whole", "saved head"])
+def test_the_bias_of_the_references_head_stays_what_it_was(tiny, tmp_path, config):
+    torch.manual_seed(3)
+    sizes = {"vocab_size": 259, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    model = PhiForCausalLM(PhiConfig(**sizes, num_attention_heads=4, eos_token_id=2, initializer_range=0.2))
+    start = copy.deepcopy(model)
+    peft = None if config is None else LoraConfig(**config)
+    assert_compared_with(start, make_trainer(tiny, tmp_path, model=model, peft=peft, **SETTINGS))
+    assert (model.get_output_embeddings().bias - start.lm_head.bias).abs().max() > 1e-3
 
 
 def test_a_second_training_goes_on_from_an_adapter_of_the_embeddings(tiny, tmp_path, monkeypatch):

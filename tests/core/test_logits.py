@@ -115,25 +115,30 @@ def test_the_reference_is_scored_in_the_same_pass(own_head):
     hidden, weight, targets = case()
     ref_hidden, ref_weight, _ = case(seed=1)
     ref_weight = ref_weight if own_head else weight
+    bias = weight[:, 0]
+    ref_bias = ref_weight[:, 1] if own_head else bias
     scores = score_tokens(
         hidden,
         weight,
         targets,
         temperature=0.7,
         ref_hidden=ref_hidden,
+        bias=bias,
         ref_weight=ref_weight if own_head else None,
+        ref_bias=ref_bias if own_head else None,
         details=False,
         tile_elements=4 * len(weight),
     )
     policy, ref = (
-        (h.double() @ w.double().T / 0.7).log_softmax(1) for h, w in ((hidden, weight), (ref_hidden, ref_weight))
+        ((h.double() @ w.double().T + b.double()) / 0.7).log_softmax(1)
+        for h, w, b in ((hidden, weight, bias), (ref_hidden, ref_weight, ref_bias))
     )
     expected = (policy.exp() * (policy - ref)).sum(1)
     chosen = ref.gather(1, targets[:, None]).squeeze(1)
     torch.testing.assert_close(scores.ref_logps.double(), chosen, atol=2e-4, rtol=1e-5)
     torch.testing.assert_close(scores.kls.double(), expected, atol=1e-3, rtol=1e-5)
     assert scores.ranks is None
-    alone = score_tokens(hidden, weight, targets, temperature=0.7)
+    alone = score_tokens(hidden, weight, targets, temperature=0.7, bias=bias)
     torch.testing.assert_close(scores.logps, alone.logps)
 
 

@@ -6,6 +6,7 @@ from collections import defaultdict
 import numpy as np
 import pytest
 import torch
+from accelerate import PartialState
 
 from erpo_core import packing
 from erpo_core.checkpoints import is_whole
@@ -179,6 +180,20 @@ def test_on_a_cpu_many_long_answers_are_scored_a_part_at_a_time(tmp_path, monkey
     spec = parse_spec("train", body | sizes[algorithm])
     config = {"grpo": make_config, "sft": make_sft_config}[algorithm](spec, tmp_path, bf16=False)
     assert (config.per_device_train_batch_size, config.gradient_accumulation_steps) == (16, 32)
+
+
+@pytest.mark.parametrize("num_gpus", [0, 1])
+@pytest.mark.parametrize("algorithm", ["erpo", "sft"])
+def test_a_process_that_sees_several_gpus_trains_on_one(tmp_path, monkeypatch, request, algorithm, num_gpus):
+    request.addfinalizer(PartialState._reset_state)  # what comes after finds a CPU
+    for name, found in (("is_available", True), ("device_count", 2), ("set_device", None)):
+        monkeypatch.setattr(torch.cuda, name, lambda *_, found=found: found)
+    body = {"model": "m", "dataset": "d", "algorithm": algorithm, "hardware": {"num_gpus": num_gpus}}
+    body |= {} if algorithm == "sft" else {"max_completion_length": 64}
+    config = {"erpo": make_config, "sft": make_sft_config}[algorithm](parse_spec("train", body), tmp_path, bf16=False)
+    assert config.device.type == "cuda"
+    assert config.n_gpu == 1, "more is nn.DataParallel, which TRL refuses"
+    assert config.train_batch_size == config.per_device_train_batch_size
 
 
 @pytest.mark.parametrize(
