@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
+from ranks_script import answer, reward
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -66,6 +67,7 @@ CASES = {
         an_update("dead groups, no KL term", "16,1,1,erpo,group", judged="every other prompt", beta=0.0),
         an_update("clipped", "16,1,1,erpo,group", **CLIPPED),
         an_update("one group", "4,1,1,erpo,group"),
+        an_update("one group in two updates", "2,1,2,erpo,group"),
         an_update("dead groups", "4,1,1,erpo,group", **DEAD),
         an_update("dead groups of twelve", "12,1,1,erpo,group", **DEAD),
         an_update("micro-batches", "2,8,8,erpo,group"),
@@ -77,6 +79,7 @@ CASES = {
         an_update("micro-batches, ema", "4,2,2,erpo,ema"),
         an_update("groups over micro-batches", "2,4,4,erpo,group"),
         an_update("a group over the ranks", "2,1,1,erpo,group"),
+        an_update("one group in two updates", "1,1,2,erpo,group"),
         an_update("dead groups", "2,1,1,erpo,group", **DEAD),
         an_sft("sft", LORA, strategy="ddp", **TWO),
         an_sft("sft, bfloat16", LORA, bf16=True, strategy="ddp", **TWO),
@@ -242,6 +245,15 @@ def test_a_group_that_spans_the_ranks_has_the_advantages_of_the_whole_group(laun
     same_traces(launched("one") / "one group", launched("ddp") / "a group over the ranks")
     assert [entry["reward"] for entry in logs] == [entry["reward"] for entry in again]
     assert logs[2]["erpo/progress_std"] == pytest.approx(again[2]["erpo/progress_std"], rel=1e-4)
+
+
+def test_each_step_tells_of_its_own_answers_on_all_ranks_and_of_their_group_once(launched):
+    alone, together = (result(launched(strategy) / "one group in two updates")[1] for strategy in ("one", "ddp"))
+    rewards = torch.tensor(reward([answer(ord("A"), sample) for sample in range(4)]))
+    for logs, rows in ((alone, [[0, 1], [2, 3]]), (together, [[0, 2], [1, 3]])):
+        assert [entry["reward"] for entry in logs[:2]] == [rewards[of_step].mean().item() for of_step in rows]
+        assert [entry["erpo/group_reward_std"] for entry in logs[:2]] == pytest.approx([rewards.std().item()] * 2)
+        assert [entry["erpo/frac_dead_groups"] for entry in logs[:2]] == [0, 0]
 
 
 @pytest.mark.parametrize(
