@@ -115,7 +115,8 @@ def _check_enough(spec: GrpoTrainSpec, num_problems: int | None) -> None:
 def _check_workers(database: Database, settings: Settings, spec: Any) -> None:
     """Where workers live, one of them must have all that the order asks for. Where none lives, it waits for one."""
     wanted = _abilities(spec)
-    num_gpus = spec.hardware.num_gpus if isinstance(spec, BaseTrainSpec) else 0
+    spans_devices = isinstance(spec, BaseTrainSpec) or getattr(spec, "engine", None) == "vllm"
+    num_gpus = spec.hardware.num_gpus if spans_devices else 0
     if not wanted and num_gpus < 2:
         return
     with database.read() as session:

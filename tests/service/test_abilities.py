@@ -10,6 +10,7 @@ from workers.abilities import abilities
 TRAIN = {"model": "smollm2-135m", "dataset": "reasoning-gym:chain_sum"}
 EVALUATE = {"model": "smollm2-135m", "dataset": "reasoning-gym:chain_sum", "engine": "vllm"}
 IN_4_BITS = TRAIN | {"load_in_4bit": True}
+WITH_VLLM_ON_FOUR = EVALUATE | {"hardware": {"num_gpus": 4}}
 ON_EIGHT = TRAIN | {"hardware": {"num_gpus": 8, "strategy": "ddp"}}
 IN_PARTS = TRAIN | {"hardware": {"num_gpus": 2, "strategy": "zero2"}}
 
@@ -29,6 +30,7 @@ def register(database, *found) -> None:
         ("train", IN_PARTS, [["cuda", "vllm"]], "/hardware/strategy", "`deepspeed`"),
         ("train", IN_PARTS, [["cuda", "cuda:1", "deepspeed"], []], "/hardware/num_gpus", "2 CUDA devices"),
         ("train", ON_EIGHT, [["cuda", "cuda:4"], ["cuda", "cuda:1"]], "/hardware/num_gpus", "8 CUDA devices"),
+        ("evaluate", WITH_VLLM_ON_FOUR, [["cuda", "cuda:2", "vllm"]], "/hardware/num_gpus", "4 CUDA devices"),
     ],
 )
 def test_what_no_running_worker_has_is_refused_by_its_field(api, database, path, body, workers, pointer, missing):
@@ -52,6 +54,12 @@ def test_an_order_is_taken_where_a_worker_may_have_what_it_needs(api, database, 
 def test_devices_are_no_matter_where_a_worker_may_have_as_many_or_has_none_at_all(api, database, workers):
     register(database, *workers)
     assert api.post("/jobs/train", json=ON_EIGHT).status_code == 202
+
+
+def test_an_evaluation_with_vllm_spans_devices_without_a_strategy(api, database):
+    register(database, ["cuda", "cuda:4", "vllm"])
+    assert api.post("/jobs/evaluate", json=WITH_VLLM_ON_FOUR).status_code == 202
+    assert parse_spec("evaluate", WITH_VLLM_ON_FOUR).hardware.num_gpus == 4
 
 
 def test_a_plain_order_asks_for_nothing(api, database):

@@ -222,6 +222,7 @@ def test_a_wrong_analysis_is_refused(refusing, change, pointer, mend):
         ({"sampling": {"temperature": -1}}, "/sampling/temperature", "at least 0"),
         ({"sampling": {"top_p": 0}}, "/sampling/top_p", "above 0"),
         ({"engine": "magic"}, "/engine", "'transformers' or 'vllm'"),
+        ({"hardware": {"num_gpus": 2}}, "/hardware/num_gpus", "engine `vllm`"),
         ({"limit": "all"}, "/limit", "an integer"),
         ({"dataset": "data:broken.jsonl"}, "/dataset", '"problem"'),
         ({"model": "nope"}, "/model", "smollm2-135m"),
