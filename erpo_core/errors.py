@@ -19,12 +19,18 @@ class ErpoError(Exception):
     """Base class. ``message`` is for people, ``code`` for programs."""
 
     code = "error"
+    mend = ""
 
     def __init__(self, message: str, *, code: str | None = None) -> None:
         super().__init__(message)
         self.message = message
         if code is not None:
             self.code = code
+
+    @property
+    def told(self) -> str:
+        """The message, and the mend where there is one."""
+        return f"{self.message}; {self.mend}" if self.mend else self.message
 
     def __reduce__(self):
         return _rebuild, (type(self), self.__dict__)

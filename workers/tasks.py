@@ -75,7 +75,7 @@ class Desk:
         try:
             outcome = self._supervise(attempt, claim)
         except ErpoError as error:
-            outcome = Outcome("failed", error.code, error.code, error.message)
+            outcome = Outcome("failed", error.code, error.code, error.told)
             attempt.finish(outcome)
         except ConnectionError:
             outcome = Outcome("requeued", "database_unavailable")

@@ -120,7 +120,7 @@ def failure_code(error: BaseException) -> str:
 def failure_message(error: BaseException) -> str:
     """One line for people."""
     if isinstance(error, ErpoError):
-        return error.message
+        return error.told
     return f"{type(error).__name__}: {error}"[:2000]
 
 
