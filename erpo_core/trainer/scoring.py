@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 from erpo_core.logits import TokenScores, score_tokens
@@ -110,7 +111,7 @@ def reference_states(reference: Any, policy: Any, rollouts: Rollouts, *, packed:
         hidden = hidden_states(reference, rollouts, packed=packed)
         if _has_one_head(reference, policy):
             return hidden, None
-        head = reference.get_output_embeddings()
+        head = _whole_head(reference)
         bias = getattr(head, "bias", None)
         return hidden, head.weight.detach(), None if bias is None else bias.detach()
 
@@ -119,12 +120,16 @@ def reference_states(reference: Any, policy: Any, rollouts: Rollouts, *, packed:
 
 def _has_one_head(reference: Any, policy: Any) -> bool:
     """Whether both score with one weight, now and where the policy's adapter is on."""
+    head = policy.get_output_embeddings()
+    return head is reference.get_output_embeddings() and not _depends_on_adapter(head)
+
+
+def _depends_on_adapter(head: Any) -> bool:
+    """Whether PEFT trains it (`modules_to_save`, tied `trainable_token_indices`): then it is the original one for as
+    long as the adapter is off."""
     from peft.utils.other import AuxiliaryTrainingWrapper
 
-    head = policy.get_output_embeddings()
-    # A head that PEFT trains with the adapter (`modules_to_save`, tied `trainable_token_indices`) is the original one
-    # for as long as the adapter is off.
-    return head is reference.get_output_embeddings() and not isinstance(head, AuxiliaryTrainingWrapper)
+    return isinstance(head, AuxiliaryTrainingWrapper)
 
 
 def score_rollouts(
@@ -153,10 +158,24 @@ def score_rollouts(
         hidden_NH = hidden_states(model, rollouts, packed=packed)
         # Autocast would compute the logits in bfloat16: a difference of two such log-probabilities is noise.
         with torch.autocast(hidden_NH.device.type, enabled=False):
-            found = _score_head(model.get_output_embeddings(), hidden_NH, targets_N, temperature, reference)
+            found = _score_head(_whole_head(model), hidden_NH, targets_N, temperature, reference)
         return tuple(vars(found).values())
 
     return TokenScores(*inside(model, scores))
+
+
+def _whole_head(model: Any) -> Any:
+    """The head of a model inside of :func:`~erpo_core.trainer.sharding.inside`, with its weight whole.
+
+    Raises:
+        ValueError: FSDP2 has the head apart from what is called, and would not reduce its gradients.
+    """
+    head = model.get_output_embeddings()
+    if isinstance(head.weight, DTensor):  # not tied, and below an adapter: FSDP2 would gather it when it is called
+        if _depends_on_adapter(head):
+            raise ValueError("modules_to_save: a trained head is not supported with FSDP2; use DDP or ZeRO")
+        head.unshard()
+    return head
 
 
 def merge_scores(kept: TokenScores, others: TokenScores, where_N: Tensor) -> TokenScores:

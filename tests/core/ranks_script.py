@@ -82,9 +82,12 @@ REWARDS = {
 
 
 def policy(folder: str, tuning: str):
-    """``lora`` (the trainer adds it), ``full``, or ``warm``: an adapter that was trained before, which makes the
-    reference an adapter as well."""
+    """``lora`` (the trainer adds it), ``untied`` (the same, with a head of its own), ``full``, or ``warm``: an adapter
+    that was trained before, which makes the reference an adapter as well."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    if tuning == "untied":
+        model.config.tie_word_embeddings = False
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
     if tuning != "warm":
         return model
     torch.manual_seed(5)
@@ -107,7 +110,7 @@ def trainer_of(kind: type[ERPOTrainer], model: str, prompts: list[str], *, tunin
         ),
         train_dataset=Dataset.from_dict({"prompt": prompts}),
         processing_class=AutoTokenizer.from_pretrained(model),
-        peft_config=LoraConfig(r=4, target_modules="all-linear") if tuning == "lora" else None,
+        peft_config=LoraConfig(r=4, target_modules="all-linear") if tuning in ("lora", "untied") else None,
     )
 
 
@@ -141,7 +144,7 @@ def update(model: str, out: Path, layout: str, tuning: str = "lora", max_grad_no
         loss_type=loss_type,
         entropy_stats=entropy_stats,
         max_steps=3,
-        learning_rate={"lora": 1.0, "full": 0.02, "warm": 0.05}[tuning],
+        learning_rate={"lora": 1.0, "untied": 1.0, "full": 0.02, "warm": 0.05}[tuning],
         optim="sgd",
         max_grad_norm=max_grad_norm,
         save_strategy="no",
