@@ -191,6 +191,17 @@ def widen_adapters(model: Any) -> None:
                 parameter.data = parameter.data.float()
 
 
+def without_dropout(model: Any) -> None:
+    """No dropout in train mode either, which gradient checkpointing needs.
+
+    TRL's ``disable_dropout`` knows ``nn.Dropout``; attention, and some families all over, have rates of their own.
+    """
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if "drop" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
+
+
 def load_policy(
     inputs: JobInputs, *, dtype=None, device: str | None = None, trainable: bool = False, load_in_4bit: bool = False
 ):

@@ -2,14 +2,15 @@
 
 Decoding reads every weight for a handful of rows, so what counts is memory traffic and the number of small products.
 The policy itself is never merged: its base weights are the reference. In the copy of a float32 base the update is part
-of the weights. In that of a bfloat16 base it is a product of its own, because weights that are rounded to eight bits
-would not move by it; the head is float32 there, as in scoring. What has no adapter is shared with the policy.
+of the weights, and what has no adapter is shared with the policy. In that of a bfloat16 base the products alone are in
+bfloat16, and the update is a product of its own: weights that are rounded to eight bits would not move by it.
 
 Autocast, which would round all weights anew for each token, does not reach the copy: where scoring is rounded by it,
 the answers come from a policy that is the same but for rounding.
 """
 
 import copy
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -49,49 +50,78 @@ class PolicySnapshot:
 
     def __init__(self, policy: Any) -> None:
         base = policy.get_base_model()
-        shared = {id(tensor): tensor for tensor in (*base.parameters(), *base.buffers())}
-        self.model = copy.deepcopy(base, shared).eval()
+        adapted = {name: module for name, module in base.named_modules() if hasattr(module, "get_delta_weight")}
+        products = {name: module.get_base_layer() for name, module in adapted.items()}
+        self._merges = next(iter(products.values())).weight.dtype == torch.float32
+        if not self._merges:
+            products |= _other_products(base, adapted)
+        self.model = copy.deepcopy(base, _shared(base, products)).eval()
         for module in self.model.modules():
             # What TRL or accelerate put over a method still calls the module that was copied.
             module.__dict__.pop("forward", None)
         self.model.forward = torch.autocast("cpu", enabled=False)(self.model.forward)
-        self._adapted: list[tuple[Any, PackedLinear]] = []
-        for name, module in base.named_modules():
-            if hasattr(module, "get_delta_weight"):
-                packed = PackedLinear(module.get_base_layer())
-                packed.fill(module.get_base_layer().weight.detach())
-                self._adapted.append((module, packed))
-                self.model.set_submodule(name, packed)
-        head = base.get_output_embeddings()
+        for name, linear in products.items():
+            self.model.set_submodule(name, _packed(linear))
+        self._adapted = [(module, self.model.get_submodule(name)) for name, module in adapted.items()]
+        head = self.model.get_output_embeddings()
         if type(head) is nn.Linear:
-            packed = PackedLinear(head)
-            packed.fill(head.weight.detach().float())
-            self.model.set_output_embeddings(packed)
+            self.model.set_output_embeddings(_packed(head))
 
     @staticmethod
     def suits(policy: Any) -> bool:
-        """Whether the copy would be the policy: plain LoRA on linear layers of one dtype, on a CPU that computes in it
-        with oneDNN."""
+        """Whether the copy would be the policy: plain LoRA on linear layers, on a CPU with oneDNN. All weights are in
+        float32; or in bfloat16, frozen, and of linear layers, embeddings and norms, where the CPU computes in it."""
         from peft import PeftModel
 
         if not isinstance(policy, PeftModel) or policy.device.type != "cpu" or not torch.backends.mkldnn.is_available():
             return False
-        dtypes = {parameter.dtype for name, parameter in policy.named_parameters() if "lora_" not in name}
-        rounded = dtypes == {torch.bfloat16} and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        base = [parameter for name, parameter in policy.named_parameters() if "lora_" not in name]
         adapted = [module for module in policy.modules() if hasattr(module, "get_delta_weight")]
-        return (dtypes == {torch.float32} or rounded) and bool(adapted) and all(map(_is_plain, adapted))
+        exact = all(parameter.dtype == torch.float32 for parameter in base)
+        return (exact or _is_rounded(base)) and bool(adapted) and all(map(_is_plain, adapted))
 
     @torch.no_grad()
     @torch.autocast("cpu", enabled=False)
     def refresh(self) -> None:
         """Take in the policy's active adapters as they are now."""
         for module, packed in self._adapted:
-            weight = module.get_base_layer().weight
             names = [name for name in module.active_adapters if name in module.lora_A]
-            if weight.dtype == torch.float32:
-                packed.fill(sum(map(module.get_delta_weight, names), weight))
+            if self._merges:
+                packed.fill(sum(map(module.get_delta_weight, names), module.get_base_layer().weight))
             else:
                 packed.updates = [_factors(module, name) for name in names]
+
+
+def _other_products(base: nn.Module, adapted: Iterable[str]) -> dict[str, nn.Linear]:
+    """The linear layers without an adapter, but for the head: it is float32, as in scoring."""
+    below, head = tuple(f"{name}." for name in adapted), base.get_output_embeddings()
+    linears = ((name, module) for name, module in base.named_modules() if type(module) is nn.Linear)
+    return {name: module for name, module in linears if module is not head and not name.startswith(below)}
+
+
+def _shared(base: nn.Module, products: dict[str, nn.Linear]) -> dict[int, Tensor]:
+    """What ``copy.deepcopy`` takes for each tensor: itself, or its float32 where no product is made with it."""
+    multiplied = {id(linear.weight) for linear in products.values()}
+    tensors = (*base.parameters(), *base.buffers())
+    return {id(tensor): tensor if id(tensor) in multiplied else _widened(tensor) for tensor in tensors}
+
+
+def _widened(tensor: Tensor) -> Tensor:
+    if tensor.dtype != torch.bfloat16:
+        return tensor
+    wide = tensor.detach().float()
+    return nn.Parameter(wide, requires_grad=False) if isinstance(tensor, nn.Parameter) else wide
+
+
+def _packed(linear: nn.Linear) -> PackedLinear:
+    packed = PackedLinear(linear)
+    packed.fill(linear.weight.detach())
+    return packed
+
+
+def _is_rounded(parameters: Iterable[nn.Parameter]) -> bool:
+    frozen = all(each.dtype == torch.bfloat16 and each.ndim < 3 and not each.requires_grad for each in parameters)
+    return frozen and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def _factors(module: Any, name: str) -> tuple[Tensor, Tensor]:

@@ -159,6 +159,8 @@ class Verifier:
                         index, request = waiting.popleft()
                         server.send(request, end)
                         busy[server] = index
+                if not busy:
+                    break
                 for server, verdict in _answered(list(busy)):
                     verdicts[busy.pop(server)] = verdict
         except BaseException:

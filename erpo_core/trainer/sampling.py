@@ -99,6 +99,11 @@ class GatheredEngine(TransformersEngine):
     def generate(self, prompts: Sequence[Sequence[int]], **call: Any) -> list[list[Sample]]:
         """As :class:`TransformersEngine`."""
         with gathered(self.model):
+            if not prompts:
+                # FSDP2 remembers the forwards since the last backward, and gathers by them in the next one: a rank
+                # without any would wait for others than the one it shares its work with.
+                with torch.no_grad():
+                    self.model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=self.model.device), use_cache=False)
             return super().generate(prompts, **call)
 
 

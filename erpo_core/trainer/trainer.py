@@ -17,7 +17,7 @@ from torch import Tensor
 from trl import GRPOTrainer
 
 from erpo_core.loss import LossTerms, erpo_loss, importance_ratios
-from erpo_core.models import widen_adapters
+from erpo_core.models import widen_adapters, without_dropout
 from erpo_core.packing import ATTENTION, attention, supports_packing
 from erpo_core.trainer import measures, ranks
 from erpo_core.trainer.batches import MicroBatch, Scored, TraceGroup
@@ -88,6 +88,7 @@ class ERPOTrainer(ShardedWeights, ZeroParts, WholeCheckpoints, SampledAnswers, T
             args.loss_type, args.beta, args.use_vllm = kept["loss_type"], kept["beta"], kept["use_vllm"]
         check_head(self._policy.config)
         widen_adapters(self._policy)
+        without_dropout(self._policy)
         self.beta = args.beta
         self._check_layout()
         self._check_outcome()

@@ -17,11 +17,13 @@ from test_trainer import Records, train
 pytest.importorskip("math_verify")
 
 from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from erpo_core.checkpoints import checkpoint_folder, list_steps
 from erpo_core.errors import RunError
 from erpo_core.evaluation import run_evaluation
 from erpo_core.job import JobInputs, ModelInput
+from erpo_core.launch import launcher
 from erpo_core.metric_names import benchmark_labels, describe
 from erpo_core.specs import parse_spec
 from erpo_core.trainer.evaluating import evaluation_spec
@@ -206,11 +208,23 @@ def test_ranks_share_the_answers_and_find_the_same(tiny, tmp_path):
     assert set(numbers[2]["2"]) == set(numbers[2]["0"])
 
 
-def run_ranks(folder: Path, num_ranks: int) -> dict[str, dict[str, float]]:
+def test_a_rank_without_answers_to_sample_does_not_hold_up_the_others(tiny, tmp_path):
+    """FSDP2 gathers the weights of a backward by the forwards since the last one."""
+    config = AutoConfig.from_pretrained(tiny, tie_word_embeddings=False)
+    for part in (AutoModelForCausalLM.from_config(config), AutoTokenizer.from_pretrained(tiny)):
+        part.save_pretrained(tmp_path / "tiny")
+    body = {"model": str(tmp_path / "tiny"), "dataset": SUMS, "num_generations": 4, "generation_batch_size": 8}
+    body |= {"max_completion_length": 6, "max_length": 400, "max_steps": 2, "preflight": False, "trace_every": 0}
+    body |= {"num_iterations": 2, "lora": None, "eval_every": 1, "eval_benchmarks": [SUMS]}
+    body |= {"hardware": {"num_gpus": 2, "strategy": "fsdp2"}}
+    (tmp_path / "spec.json").write_text(json.dumps(body))
+    assert sorted(run_ranks(tmp_path, 2, "fsdp2")) == ["0", "1", "2"]
+
+
+def run_ranks(folder: Path, num_ranks: int, strategy: str = "ddp") -> dict[str, dict[str, float]]:
     command = [sys.executable, str(Path(__file__).with_name("evaluating_script.py")), str(folder)]
     if num_ranks > 1:
-        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_ranks}"]
-        command = [sys.executable, *launcher, *command[1:]]
+        command[1:1] = launcher(strategy, num_ranks)
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -130,6 +130,26 @@ def test_scores_answers_and_gradients_are_those_of_the_models_own_forward(family
                     assert (logps.max(1).values - of_tokens(logps, sample.token_ids)).max() < 1e-3
 
 
+@pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="a CPU that computes in bfloat16")
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "v_proj"]])
+@pytest.mark.parametrize("family", [*PACKED, *PADDED])
+def test_the_copy_of_a_bfloat16_policy_says_what_the_policy_says(family, targets):
+    model = make(family, **(PACKED | PADDED)[family])
+    if targets != "all-linear" and not any(name.endswith(".q_proj") for name, _ in model.named_modules()):
+        targets = "all-linear"
+    if family in ("mixtral", "llama4_text"):
+        targets = ["q_proj", "o_proj"]
+    policy = get_peft_model(model.bfloat16(), LoraConfig(r=4, target_modules=targets, init_lora_weights=False)).eval()
+    if not PolicySnapshot.suits(policy):
+        return
+    snapshot = PolicySnapshot(policy)
+    snapshot.refresh()
+    ids = torch.tensor([PROMPTS[0] + ANSWERS[0]])
+    with torch.no_grad():
+        found, exact = snapshot.model(ids).logits, policy.float()(ids).logits
+    assert (found - exact).norm() < 0.1 * exact.norm()
+
+
 def test_a_model_that_keeps_its_state_elsewhere_is_refused():
     with pytest.raises(RunError, match="MambaForCausalLM keeps its state") as caught:
         TransformersEngine(make("mamba"), Tokenizer()).generate(PROMPTS, stop_ids=[2], max_new_tokens=2)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
+from test_families import PACKED, make
 from test_trainer import DATASET, Records, rollouts, train
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
@@ -322,6 +323,19 @@ def test_one_update_whatever_the_micro_batches(tiny, tmp_path, loss_type):
         )
         assert same == answers
         torch.testing.assert_close(whole, again, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "opt"])
+def test_rates_of_dropout_that_are_no_module_of_their_own_are_off_as_well(tiny, tmp_path, family):
+    """OPT drops hidden states, Qwen2 attention; gradient checkpointing wants train mode."""
+    size = len(AutoTokenizer.from_pretrained(tiny))
+    model = make(family, **PACKED[family], vocab_size=size, attention_dropout=0.3)
+    trainer = make_trainer(tiny, tmp_path, model=model, peft=False, gradient_checkpointing=True, max_steps=1)
+    trainer.train()
+    first = next(entry for entry in trainer.state.log_history if "kl" in entry)
+    assert first["kl/exact"] == pytest.approx(0, abs=1e-6)
+    assert first["erpo/progress_std"] == pytest.approx(0, abs=1e-5)
+    assert first["sampling/logp_difference_max"] < 1e-3
 
 
 @pytest.mark.parametrize("option", ["gradient_checkpointing", "share"])
