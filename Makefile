@@ -24,7 +24,7 @@ test: $(READY) lint ## lint, import contracts, and the whole test suite
 	@$(RUN) pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 test-vllm: $(VLLM)/.ready ## the tests of generation with vLLM on the CPU, in an environment of its own
-	@"$(VLLM)/bin/python" -m pytest -q tests/with_vllm tests/e2e/test_vllm_stack.py
+	@"$(VLLM)/bin/python" -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder tests/with_vllm tests/e2e/test_vllm_stack.py
 
 lint: $(READY) ## style and import contracts
 	@$(RUN) ruff check .
