@@ -61,7 +61,8 @@ class PolicySnapshot:
             module.__dict__.pop("forward", None)
         self.model.forward = torch.autocast("cpu", enabled=False)(self.model.forward)
         for name, linear in products.items():
-            self.model.set_submodule(name, _packed(linear))
+            # Where updates are merged, refresh fills all of them.
+            self.model.set_submodule(name, PackedLinear(linear) if self._merges else _packed(linear))
         self._adapted = [(module, self.model.get_submodule(name)) for name, module in adapted.items()]
         head = self.model.get_output_embeddings()
         if type(head) is nn.Linear:

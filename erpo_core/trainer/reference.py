@@ -134,12 +134,9 @@ def _copy_adapter(model) -> None:
         parts = name.split(".")  # the adapter's name stands before `weight`, or last: LoRA of an embedding
         if POLICY_ADAPTER in parts:
             twin = ".".join(REFERENCE_ADAPTER if part == POLICY_ADAPTER else part for part in parts)
-            _copy(parameter, model.get_parameter(twin))
-
-
-def _copy(parameter: torch.Tensor, twin: torch.Tensor) -> None:
-    twin.data.copy_(parameter.data)
-    twin.requires_grad_(False)
+            copied = model.get_parameter(twin)
+            copied.data.copy_(parameter.data)
+            copied.requires_grad_(False)
 
 
 @contextmanager

@@ -70,7 +70,7 @@ def make_sampler(args: Any, policy: Any, tokenizer: Any, accelerator: Accelerato
 
 
 class TransformersSampler:
-    """The policy itself; on a CPU a float32 copy of it that decodes faster, where there is one.
+    """The policy itself; on a CPU a copy of it that decodes faster, where there is one.
 
     A policy in shards samples with its weights gathered: the ranks end their answers at different times.
     """
