@@ -151,7 +151,7 @@ def _abilities(spec: Any) -> dict[str, str]:
     found = {}
     if getattr(spec, "load_in_4bit", False):
         found |= {"cuda": "/load_in_4bit", "bitsandbytes": "/load_in_4bit"}
-    if hasattr(spec, "hardware") and spec.hardware.uses_deepspeed:
+    if isinstance(spec, BaseTrainSpec) and spec.hardware.uses_deepspeed:
         found["deepspeed"] = "/hardware/strategy"
     if getattr(spec, "use_vllm", False) and spec.vllm_mode == "colocate":
         found["vllm"] = "/use_vllm"

@@ -2,7 +2,7 @@
 
 from pydantic import Field
 
-from erpo_core.specs.common import HardwareSpec, JobOptions, ModelRef, SamplingSpec, Spec, Text
+from erpo_core.specs.common import HardwareSpec, JobOptions, ModelRef, OneDevice, SamplingSpec, Spec, Text
 
 
 class BranchSpec(Spec):
@@ -18,5 +18,5 @@ class BranchSpec(Spec):
     temperature: float = Field(1.0, gt=0, le=10, description="Of the distribution that alternatives are ranked by.")
     batch_size: int = Field(64, ge=1, le=4096, description="Sequences decoded together.")
     bf16: bool | None = Field(None, description="null: float32 on the CPU, bfloat16 on CUDA.")
-    hardware: HardwareSpec = HardwareSpec()
+    hardware: OneDevice = HardwareSpec()
     job: JobOptions = JobOptions()

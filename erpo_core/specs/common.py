@@ -4,6 +4,7 @@ import re
 from typing import Annotated, Literal, Self
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -157,7 +158,7 @@ class RewardSpec(Spec):
 
 
 class HardwareSpec(Spec):
-    """What the job runs on."""
+    """What the job runs on; `strategy` is a training's."""
 
     num_gpus: int = Field(
         0, ge=0, le=64, description="0: what the worker has. Above 1: one process each, on a CPU where there is no GPU."
@@ -169,27 +170,15 @@ class HardwareSpec(Spec):
         "(extra `deepspeed`).",
     )
 
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if self.num_gpus > 1 and self.strategy == "single":
-            raise ValueError(
-                "strategy: several devices need `ddp`, `fsdp2`, `zero2` or `zero3`; write one, or num_gpus 1"
-            )
-        if self.num_gpus < 2 and self.is_sharded:
-            raise ValueError(
-                f"strategy: `{self.strategy}` shards the model over several devices; write num_gpus 2 or more"
-            )
-        return self
 
-    @property
-    def is_sharded(self) -> bool:
-        """Whether the processes share gradients and optimizer state, or more."""
-        return self.strategy not in ("single", "ddp")
+def _check_one_device(hardware: HardwareSpec) -> HardwareSpec:
+    if hardware.num_gpus > 1:
+        raise ValueError("num_gpus: an analysis runs on one device; write 1")
+    return hardware
 
-    @property
-    def uses_deepspeed(self) -> bool:
-        """Whether it wants the extra ``deepspeed``."""
-        return self.strategy in ("zero2", "zero3")
+
+OneDevice = Annotated[HardwareSpec, AfterValidator(_check_one_device)]
+"""What an analysis runs on."""
 
 
 class JobOptions(Spec):

@@ -9,6 +9,7 @@ from erpo_core.specs.common import (
     HardwareSpec,
     JobOptions,
     ModelRef,
+    OneDevice,
     PromptSpec,
     SamplingSpec,
     Spec,
@@ -115,7 +116,7 @@ class EntropySpec(Spec):
     detector: DetectorSpec = DetectorSpec()
     batch_size: int = Field(32, ge=1, le=4096, description="Sequences decoded together.")
     reference: bool = Field(True, description="Also score the base model, where the model is an adapter.")
-    hardware: HardwareSpec = HardwareSpec()
+    hardware: OneDevice = HardwareSpec()
     job: JobOptions = JobOptions()
 
     @model_validator(mode="after")

@@ -37,14 +37,6 @@ EvaluatedRef = Annotated[
 ]
 
 
-class EvaluationHardware(HardwareSpec):
-    """What an evaluation runs on: one process, whose vLLM engine spans `num_gpus`; `strategy` is a training's."""
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        return self
-
-
 class EvaluateSpec(Spec):
     """n sampled answers to each problem of a benchmark, checked and counted."""
 
@@ -78,12 +70,12 @@ class EvaluateSpec(Spec):
         description="Judge the stored answers of this evaluation again, sample none; the rest of the request must be "
         "that evaluation's. `POST /evaluations/{id}/verify` orders it.",
     )
-    hardware: EvaluationHardware = EvaluationHardware()
+    hardware: HardwareSpec = HardwareSpec()
     job: JobOptions = JobOptions()
 
     @model_validator(mode="after")
     def _check_devices(self) -> Self:
-        if self.engine == "transformers" and self.hardware.num_gpus > 1 and self.hardware.strategy == "single":
+        if self.engine == "transformers" and self.hardware.num_gpus > 1:
             raise ValueError(
                 "hardware/num_gpus: the engine `transformers` samples on one device; write 1, or engine `vllm`"
             )

@@ -4,7 +4,16 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from erpo_core.specs.common import DatasetRef, HardwareSpec, JobOptions, ModelRef, PromptSpec, SamplingSpec, Spec
+from erpo_core.specs.common import (
+    DatasetRef,
+    HardwareSpec,
+    JobOptions,
+    ModelRef,
+    OneDevice,
+    PromptSpec,
+    SamplingSpec,
+    Spec,
+)
 
 Arm = Literal["high", "low", "random", "random_matched", "same"]
 Policy = Literal["uniform_vocab", "on_policy_alt", "second_best", "surprisal_matched", "truncate"]
@@ -57,7 +66,7 @@ class PerturbationSpec(Spec):
     temperature: float = Field(1.0, gt=0, le=10, description="Entropy is that of softmax(logits / temperature).")
     batch_size: int = Field(64, ge=1, le=4096, description="Sequences decoded together.")
     bf16: bool | None = Field(None, description="null: float32 on the CPU, bfloat16 on CUDA.")
-    hardware: HardwareSpec = HardwareSpec()
+    hardware: OneDevice = HardwareSpec()
     job: JobOptions = JobOptions()
 
     @model_validator(mode="after")

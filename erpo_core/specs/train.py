@@ -19,6 +19,32 @@ from erpo_core.specs.common import (
 _REWARDS = (RewardSpec(name="accuracy", weight=1.0), RewardSpec(name="boxed_format", weight=0.2))
 
 
+class TrainHardware(HardwareSpec):
+    """What a training runs on."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.num_gpus > 1 and self.strategy == "single":
+            raise ValueError(
+                "strategy: several devices need `ddp`, `fsdp2`, `zero2` or `zero3`; write one, or num_gpus 1"
+            )
+        if self.num_gpus < 2 and self.is_sharded:
+            raise ValueError(
+                f"strategy: `{self.strategy}` shards the model over several devices; write num_gpus 2 or more"
+            )
+        return self
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether the processes share gradients and optimizer state, or more."""
+        return self.strategy not in ("single", "ddp")
+
+    @property
+    def uses_deepspeed(self) -> bool:
+        """Whether it wants the extra ``deepspeed``."""
+        return self.strategy in ("zero2", "zero3")
+
+
 class EvalSamplingSpec(Spec):
     """How the evaluations of a training sample; what is null is as in the training itself."""
 
@@ -82,7 +108,7 @@ class BaseTrainSpec(Spec):
     eval_limit: int | None = Field(None, ge=1, le=2**31 - 1, description="Only the first problems of each benchmark.")
     eval_sampling: EvalSamplingSpec = EvalSamplingSpec()
 
-    hardware: HardwareSpec = HardwareSpec()
+    hardware: TrainHardware = TrainHardware()
     job: JobOptions = JobOptions()
 
     @model_validator(mode="after")
@@ -313,7 +339,7 @@ class ErpoTrainSpec(GrpoTrainSpec):
     norm: bool = Field(True, description="false: the last normalisation is left out (ablation).")
 
 
-def _check_share(field: str, what: str, size: int, hardware: HardwareSpec) -> None:
+def _check_share(field: str, what: str, size: int, hardware: TrainHardware) -> None:
     if size % max(1, hardware.num_gpus):
         raise ValueError(
             f"{field}: {size} {what} are not equally many on each of {hardware.num_gpus} devices; write a multiple"

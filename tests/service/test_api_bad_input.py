@@ -207,6 +207,7 @@ ANALYSES = [
     ({"texts": "2"}, "/texts", "a list"),
     ({"texts": [{"prompt": "1 + 1?", "response": ""}]}, "/texts/0/response", "at least 1"),
     ({"texts": [{"prompt": "1 + 1?"}]}, "/texts/0/response", "add `response`"),
+    ({"hardware": {"num_gpus": 2, "strategy": "ddp"}}, "/hardware/num_gpus", "write 1"),
 ]
 
 
@@ -223,6 +224,7 @@ def test_a_wrong_analysis_is_refused(refusing, change, pointer, mend):
         ({"sampling": {"top_p": 0}}, "/sampling/top_p", "above 0"),
         ({"engine": "magic"}, "/engine", "'transformers' or 'vllm'"),
         ({"hardware": {"num_gpus": 2}}, "/hardware/num_gpus", "engine `vllm`"),
+        ({"hardware": {"num_gpus": 2, "strategy": "ddp"}}, "/hardware/num_gpus", "engine `vllm`"),
         ({"limit": "all"}, "/limit", "an integer"),
         ({"dataset": "data:broken.jsonl"}, "/dataset", '"problem"'),
         ({"model": "nope"}, "/model", "smollm2-135m"),
