@@ -59,8 +59,9 @@ class Completions:
 
     Each row: ``prompt_id`` str, ``group`` int, ``sample`` int, ``prompt`` str, ``completion`` str, ``gold`` str | None,
     ``rewards`` {name: float | None}, ``reward`` float | None, ``advantage`` float | None, ``verdict`` str | None,
-    ``boxed`` bool, ``truncated`` bool, ``num_tokens`` int; in an evaluation ``level`` and ``subject`` of the problem,
-    str | None. (step, prompt_id, sample) names a row once and for all. A step may have several of these records.
+    ``boxed`` bool, ``truncated`` bool, ``num_tokens`` int; in a training ``extra``, what reward functions gave to TRL's
+    ``log_extra``; in an evaluation ``level`` and ``subject`` of the problem, str | None. (step, prompt_id, sample)
+    names a row once and for all. A step may have several of these records.
     """
 
     kind: ClassVar[str] = "completions"

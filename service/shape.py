@@ -153,6 +153,7 @@ def completion_json(row: Any) -> dict[str, Any]:
             "boxed": row.boxed,
             "truncated": row.truncated,
             "num_tokens": row.num_tokens,
+            "extra": row.extra or {},
         }
     )
 

@@ -23,6 +23,8 @@ class Answer:
     rewards: list[float]
     """One for each reward function; NaN where it did not judge."""
     verdict: str | None
+    extra: dict[str, Any]
+    """What reward functions gave to ``log_extra`` for it."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,8 @@ class MicroBatch:
     old: Scored | None = None
     last_scored: Scored | None = None
     verdicts: list[str] | None = None
+    extras: list[dict[str, Any]] | None = None
+    """:attr:`Answer.extra` of each."""
 
 
 @dataclass(frozen=True)

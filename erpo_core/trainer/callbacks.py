@@ -206,9 +206,16 @@ def _completion_rows(batches: list, group_size: int) -> list[dict[str, Any]]:
                     "boxed": has_answer(batch.completions[index]),
                     "truncated": not bool(batch.finished[index]),
                     "num_tokens": batch.lengths[index],
+                    "extra": {name: _plain(value) for name, value in batch.extras[index].items()},
                 }
             )
     return rows
+
+
+def _plain(value: Any) -> Any:
+    """As JSON has it; a scalar of torch or numpy as its number, anything else as text."""
+    value = value.item() if getattr(value, "ndim", None) == 0 else value
+    return value if value is None or isinstance(value, str | int | float | bool) else str(value)
 
 
 def _peak_bytes() -> int:

@@ -43,6 +43,7 @@ class SampledAnswers:
     _engine_of: Sampler
     _resample_round = 0
     """Above 0 while dead groups are replaced."""
+    _pending_extra_logs: dict[str, list[Any]]
     _totals: Totals
     _of_steps: list[Totals]
     """What holds of the answers at hand, by the optimizer step of the generation that is trained on them."""
@@ -137,13 +138,15 @@ class SampledAnswers:
         # A column ``prompt_ids`` holds the prompt as it is to be read; otherwise TRL tokenizes ``prompt``.
         self._given_ids = [example["prompt_ids"] for example in examples] if "prompt_ids" in examples[0] else None
         prompt_ids, completion_ids, _, completions, *_ = self._generate(prompts)
+        told = {name: len(values) for name, values in self._pending_extra_logs.items()}
         with self._timed("rewards"):
             per_function = self._calculate_rewards(examples, prompts, completions, completion_ids)
         rewards = per_function[ranks.local_slice(self.accelerator, len(examples))].tolist()
         verdicts = self._last_verdicts() or [None] * len(examples)
         generations = int(self.accelerator.is_main_process and self._resample_round == 0)
         self._totals.add("completions/sampled_tokens", sum(map(len, completion_ids)), generations)
-        columns = (examples, prompt_ids, self._samples, completions, rewards, verdicts)
+        extras = self._extras(told, len(examples))
+        columns = (examples, prompt_ids, self._samples, completions, rewards, verdicts, extras)
         return [Answer(*row) for row in zip(*columns, strict=True)]
 
     def _replace_dead_groups(self, answers: list[Answer]) -> list[Answer]:
@@ -223,6 +226,7 @@ class SampledAnswers:
             reward_rows={name: per_function[:, i] for i, name in enumerate(self.reward_func_names)},
             first_row=first,
             verdicts=[answer.verdict for answer in answers] if answers[0].verdict else None,
+            extras=[answer.extra for answer in answers],
         )
 
     def _count_answers(self, totals: Totals, answers: list[Answer], rewards: Tensor) -> None:
@@ -244,6 +248,15 @@ class SampledAnswers:
     def _outcome_index(self) -> int:
         names = self.reward_func_names
         return names.index(self.args.outcome_reward) if self.args.outcome_reward in names else 0
+
+    def _extras(self, told: dict[str, int], count: int) -> list[dict[str, Any]]:
+        """Of each of these answers what reward functions have given to ``log_extra``, where ``told`` was known before.
+
+        A column that has not one value for each answer is of no answer in particular.
+        """
+        new = {name: values[told.get(name, 0) :] for name, values in self._pending_extra_logs.items()}
+        columns = {name: values for name, values in new.items() if len(values) == count}
+        return [{name: values[row] for name, values in columns.items()} for row in range(count)]
 
     def _last_verdicts(self) -> list[str] | None:
         for function in self.reward_funcs:

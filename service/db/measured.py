@@ -3,7 +3,7 @@
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import BigInteger, Boolean, Float, ForeignKey, Index, Integer, UniqueConstraint, false
+from sqlalchemy import BigInteger, Boolean, Float, ForeignKey, Index, Integer, UniqueConstraint
 from sqlalchemy.orm import Mapped, mapped_column
 
 from service.db.models import Base, Id
@@ -78,6 +78,8 @@ class Completion(Base):
     boxed: Mapped[bool] = mapped_column(Boolean, default=False)
     truncated: Mapped[bool] = mapped_column(Boolean, default=False)
     num_tokens: Mapped[int] = mapped_column(Integer, default=0)
+    extra: Mapped[dict[str, Any] | None]
+    """What reward functions said of it beside their rewards."""
 
 
 class Checkpoint(Base):
@@ -93,9 +95,6 @@ class Checkpoint(Base):
     path: Mapped[str] = mapped_column(LongText)
     files: Mapped[list[Any]]
     data: Mapped[dict[str, Any]] = mapped_column(default=dict)
-    pinned: Mapped[bool] = mapped_column(Boolean, default=False, server_default=false())
-    """Never removed to make room."""
-    alias: Mapped[str | None] = mapped_column(ShortText(200))
     created_at: Mapped[datetime] = mapped_column(default=now)
 
 

@@ -31,6 +31,7 @@ _COMPLETION_FIELDS = (
     "boxed",
     "truncated",
     "num_tokens",
+    "extra",
 )
 _SEQUENCE_FIELDS = (
     "group",

@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 
 import pytest
+import torch
 from test_trainer import Records
 from test_trainer_runs import make_trainer
 
@@ -55,3 +56,26 @@ def test_a_stored_answer_is_boxed_whatever_the_rewards_are(tmp_path):
     trainer.train()
     (found,) = records.by_kind["completions"]
     assert [(row["completion"], row["boxed"]) for row in found.rows] == [(text, "{2}" in text) for text in texts]
+
+
+def test_what_rewards_say_of_an_answer_is_stored_with_it(tmp_path):
+    def reward(completions, log_extra, **_):
+        log_extra("words", [len(text.split()) for text in completions])
+        log_extra("share", [torch.tensor(0.5) for _ in completions])
+        log_extra("marks", [[1, None] for _ in completions])
+        log_extra("of the whole batch", ["once"])
+        return [float(len(text)) for text in completions]
+
+    tiny = make_tiny_model(tmp_path / "tiny")
+    layout = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
+    trainer = make_trainer(tiny, tmp_path / "run", reward=reward, max_steps=2, **layout)
+    records = Records()
+    callback = RecordCallback(records, records, {})
+    trainer.add_callback(callback)
+    callback.attach(trainer)
+    trainer.train()
+    assert len(records.by_kind["completions"]) == 2
+    for record in records.by_kind["completions"]:
+        assert [row["extra"] for row in record.rows] == [
+            {"words": len(row["completion"].split()), "share": 0.5, "marks": "[1, None]"} for row in record.rows
+        ]

@@ -141,6 +141,7 @@ def test_what_a_reward_function_logs_is_logged_and_does_not_pile_up(tiny, tmp_pa
     assert [entry["mine"] for entry in logs] == [0.5, 1.5, 2.5]
     assert max(entry["reward"] for entry in logs) <= 1, "what the trainer itself tells stays"
     assert list(trainer._logs["extra"]["length"]) == trainer.rollout_log[0].lengths
+    assert [extra["length"] for extra in trainer.rollout_log[0].extras] == trainer.rollout_log[0].lengths
     assert not trainer._pending_metrics
     assert not trainer._pending_extra_logs
 

@@ -43,6 +43,7 @@ def answers(step: int, count: int) -> Completions:
     rows = [
         {"prompt_id": "p0", "group": 0, "sample": i, "prompt": "1 + 1?", "completion": f"<b>{i}</b>", "reward": i / 2}
         | {"rewards": {"accuracy": None if i else 1.0}, "verdict": verdicts[i % 2], "num_tokens": 3}
+        | ({"extra": {"words": i}} if i else {})
         for i in range(count)
     ]
     return Completions(step, rows)
@@ -180,9 +181,9 @@ def test_answers_are_listed_by_step(api, owned):
         *((200, sample) for sample in range(4)),
     ]
     late = rows(api, path, step=200)
-    assert [(row["completion"], row["reward"], row["rewards"]) for row in late[:2]] == [
-        ("<b>0</b>", 0.0, {"accuracy": 1.0}),
-        ("<b>1</b>", 0.5, {"accuracy": None}),
+    assert [(row["completion"], row["reward"], row["rewards"], row["extra"]) for row in late[:2]] == [
+        ("<b>0</b>", 0.0, {"accuracy": 1.0}, {}),
+        ("<b>1</b>", 0.5, {"accuracy": None}, {"words": 1}),
     ]
 
 
