@@ -28,6 +28,19 @@ _LEAST_LOGIT = -1e4
 
 
 @dataclass(frozen=True)
+class LogitForm:
+    """What a model makes of its head's products z: ``cap * tanh(scale * z / cap)``, without a cap ``scale * z``."""
+
+    scale: float = 1.0
+    cap: float | None = None
+
+    def of(self, products: Tensor) -> Tensor:
+        """Logits of the same shape."""
+        scaled = products if self.scale == 1 else products * self.scale
+        return scaled if self.cap is None else self.cap * torch.tanh(scaled / self.cap)
+
+
+@dataclass(frozen=True)
 class TokenScores:
     """One value per token, (N,) float32; ``logps`` alone carries gradient. None is what was not asked for."""
 
@@ -52,16 +65,18 @@ def score_tokens(
     *,
     temperature: float = 1.0,
     bias: Tensor | None = None,
+    form: LogitForm = LogitForm(),
     details: bool = True,
     ref_hidden: Tensor | None = None,
     ref_weight: Tensor | None = None,
     ref_bias: Tensor | None = None,
     tile_elements: int | None = None,
 ) -> TokenScores:
-    """Score ``targets`` under softmax((hidden @ weight.T + bias) / temperature).
+    """Score ``targets`` under softmax(form(hidden @ weight.T + bias) / temperature).
 
     Where ``hidden`` requires grad the score vector u = W[y] - p W is kept from the forward, so that the backward of the
-    head is one multiplication (d logp / d hidden = u / temperature). The head itself gets no gradient.
+    head is one multiplication (d logp / d hidden = u / temperature). Under a cap each row of W counts as much as its
+    logit is steep. The head itself gets no gradient.
 
     Args:
         hidden: (N, H), any float dtype.
@@ -69,6 +84,7 @@ def score_tokens(
         targets: (N,) int64.
         temperature: Of the sampling distribution, > 0.
         bias: (V,) or None.
+        form: Of the logits, the reference's as well.
         details: Also ``varentropies`` and ``ranks``.
         ref_hidden: (N, H) of the reference model, for ``ref_logps`` and ``kls``.
         ref_weight: (V, H), the reference's head; None where it is the same, its bias too.
@@ -83,10 +99,10 @@ def score_tokens(
     needs_grad = torch.is_grad_enabled() and hidden.requires_grad
     if needs_grad and weight.requires_grad:
         raise ValueError("weight: a trainable head is not scored with a cached gradient; freeze it")
-    head = _Head(weight, bias, temperature)
+    head = _Head(weight, bias, temperature, form)
     reference = None
     if ref_hidden is not None:
-        reference = ref_hidden.detach(), head if ref_weight is None else _Head(ref_weight, ref_bias, temperature)
+        reference = ref_hidden.detach(), head if ref_weight is None else _Head(ref_weight, ref_bias, temperature, form)
     tile_elements = tile_elements or TILE_ELEMENTS.get(hidden.device.type, TILE_ELEMENTS["cpu"])
     return TokenScores(*_Score.apply(hidden, head, targets, details, reference, needs_grad, tile_elements))
 
@@ -94,10 +110,12 @@ def score_tokens(
 class _Head:
     """A head, and the dtype that its products are computed in: its own on CUDA, else float32."""
 
-    def __init__(self, weight_VH: Tensor, bias_V: Tensor | None, temperature: float) -> None:
+    def __init__(self, weight_VH: Tensor, bias_V: Tensor | None, temperature: float, form: LogitForm) -> None:
         self._weight_VH = weight_VH.detach()
         self.bias_V = None if bias_V is None else bias_V.float().clamp(min=_LEAST_LOGIT)
-        self.temperature = temperature
+        self.divisor = temperature / form.scale
+        """Of the products, where they are not capped; of the score vectors always."""
+        self._cap = None if form.cap is None else form.cap / temperature
         self.size = len(weight_VH)
         self.dtype = weight_VH.dtype if weight_VH.is_cuda else torch.float32
 
@@ -133,7 +151,17 @@ class _Head:
     def _finished(self, logits: Tensor, words: slice | Tensor) -> Tensor:
         if self.bias_V is not None:
             logits += self.bias_V[words]
-        return logits.div_(self.temperature) if self.temperature != 1 else logits
+        logits = logits.div_(self.divisor) if self.divisor != 1 else logits
+        return logits if self._cap is None else logits.div_(self._cap).tanh_().mul_(self._cap)
+
+    @property
+    def is_capped(self) -> bool:
+        """Whether logits differ in :meth:`steepness`."""
+        return self._cap is not None
+
+    def steepness(self, logits: Tensor, out: Tensor | None = None) -> Tensor:
+        """d logit / d product times ``divisor``, of the same shape, for a head that is capped."""
+        return torch.div(logits, self._cap, out=out).square_().neg_().add_(1)
 
 
 class _Buffers:
@@ -257,10 +285,13 @@ class _Block:
         shifted_nv = policy.logits(tile, self._buffers.get("policy", *shape))
         if "ranks" in self._out:
             self._out["ranks"] += (shifted_nv > policy.chosen_n[:, None]).sum(1)
+        steep_nv = None
+        if self._mean_nH is not None and policy.head.is_capped:
+            steep_nv = policy.head.steepness(shifted_nv, self._buffers.get("product", *shape))
         self._move(policy.shift(shifted_nv))
         exp_nv = torch.exp(shifted_nv, out=self._buffers.get("exp", *shape))
         if self._mean_nH is not None:
-            policy.head.mix_into(self._mean_nH, exp_nv, tile)
+            policy.head.mix_into(self._mean_nH, exp_nv if steep_nv is None else steep_nv.mul_(exp_nv), tile)
         if self._reference is not None:
             self._add_reference(tile, exp_nv)
         policy.total_n += exp_nv.sum(1)
@@ -301,8 +332,10 @@ class _Block:
             apart_n = mean_first_n - log_total_n - self._cross_n / policy.total_n + reference.total_n.log()
             out["kls"].copy_(apart_n).clamp_(min=0)
         if self._mean_nH is not None:
-            self._mean_nH.div_(-policy.total_n[:, None]).add_(policy.head.rows(self._targets_n))
-            self._mean_nH.div_(policy.head.temperature)
+            chosen_nH = policy.head.rows(self._targets_n)
+            if policy.head.is_capped:
+                chosen_nH *= policy.head.steepness(policy.chosen_n)[:, None]
+            self._mean_nH.div_(-policy.total_n[:, None]).add_(chosen_nH).div_(policy.head.divisor)
             torch.linalg.vector_norm(self._mean_nH, dim=1, out=out["leverage_norms"])
         if "varentropies" in out:
             second_n = self._second_n / policy.total_n
@@ -311,10 +344,16 @@ class _Block:
 
 @torch.no_grad()
 def top_alternatives(
-    hidden: Tensor, weight: Tensor, k: int, *, temperature: float = 1.0, bias: Tensor | None = None
+    hidden: Tensor,
+    weight: Tensor,
+    k: int,
+    *,
+    temperature: float = 1.0,
+    bias: Tensor | None = None,
+    form: LogitForm = LogitForm(),
 ) -> tuple[Tensor, Tensor]:
     """The k most likely tokens of each position: ids (N, k) int64 and log-probabilities (N, k) float32."""
-    head = _Head(weight, bias, temperature)
+    head = _Head(weight, bias, temperature, form)
     ids = [hidden.new_zeros((0, k), dtype=torch.int64)]
     logps = [hidden.new_zeros((0, k), dtype=torch.float32)]
     for part in _parts(len(hidden), max(1, _ALTERNATIVES_ELEMENTS // head.size)):

@@ -9,6 +9,7 @@ import torch
 from erpo_core.analysis.statistics import sequence_stats
 from erpo_core.analysis.tokens import display_tokens
 from erpo_core.codec import encode_trace
+from erpo_core.heads import body_of, check_head, logit_form
 from erpo_core.logits import TokenScores, score_tokens, top_alternatives
 from erpo_core.records import Trace
 from erpo_core.rewards.verify import Verifier
@@ -81,15 +82,15 @@ def prompt_id(group: int) -> str:
 
 def _pass(model, prompt_tokens: list[int], token_ids: list[int], temperature: float) -> tuple[Any, TokenScores]:
     """The entropy of token t is that of the distribution it was drawn from: the logits one position earlier."""
-    from erpo_core.trainer.scoring import body_of, check_head
-
-    check_head(model.config)
+    check_head(model)
     device = model.device
     ids = torch.tensor([prompt_tokens + token_ids], device=device)
     hidden = body_of(model)(input_ids=ids, use_cache=False).last_hidden_state[0, len(prompt_tokens) - 1 : -1]
     head = model.get_output_embeddings()
     targets = torch.tensor(token_ids, device=device)
-    scores = score_tokens(hidden, head.weight, targets, temperature=temperature, bias=getattr(head, "bias", None))
+    bias = getattr(head, "bias", None)
+    form = logit_form(model.config)
+    scores = score_tokens(hidden, head.weight, targets, temperature=temperature, bias=bias, form=form)
     return hidden, scores
 
 
@@ -98,7 +99,8 @@ def best_tokens(model, scored: Scored, positions: np.ndarray, k: int, *, tempera
     """Ids and log-probabilities, each (positions, k), best first: a second product with the head, of those rows."""
     head = model.get_output_embeddings()
     rows = scored.hidden[torch.from_numpy(np.asarray(positions, dtype=np.int64)).to(scored.hidden.device)]
-    ids, logps = top_alternatives(rows, head.weight, k, temperature=temperature, bias=getattr(head, "bias", None))
+    bias, form = getattr(head, "bias", None), logit_form(model.config)
+    ids, logps = top_alternatives(rows, head.weight, k, temperature=temperature, bias=bias, form=form)
     return ids.cpu().numpy(), logps.cpu().numpy()
 
 

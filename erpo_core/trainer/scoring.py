@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
-from erpo_core.logits import TokenScores, score_tokens
+from erpo_core.heads import body_of, logit_form
+from erpo_core.logits import LogitForm, TokenScores, score_tokens
 from erpo_core.packing import PackedRow, pack, packed_hidden, supports_packing
 from erpo_core.trainer.sharding import inside
 
@@ -20,9 +21,6 @@ _CUDA_TILE_ELEMENTS = 2**27
 """Logits alive at once: fewer launches, and training has gigabytes of activations beside them."""
 _TRAINABLE_HEAD_BLOCK = 256
 """Tokens of a block where the head is trained: its logits are computed again in the backward."""
-_CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
-_SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
-"""Options of configurations that change the logits after the head; None is without, and a scale of 1."""
 
 
 @dataclass(frozen=True)
@@ -147,18 +145,15 @@ def score_rollouts(
         temperature: Of the sampling distribution.
         reference: For ``ref_logps`` and ``kls``.
         packed: See :func:`hidden_states`.
-
-    Raises:
-        ValueError: the model changes its logits after the head (soft-capping, scaling).
     """
-    check_head(model.config)
+    form = logit_form(model.config)
     targets_N = rollouts.completion_ids[rollouts.mask]
 
     def scores() -> tuple[Tensor | None, ...]:
         hidden_NH = hidden_states(model, rollouts, packed=packed)
         # Autocast would compute the logits in bfloat16: a difference of two such log-probabilities is noise.
         with torch.autocast(hidden_NH.device.type, enabled=False):
-            found = _score_head(_whole_head(model), hidden_NH, targets_N, temperature, reference)
+            found = _score_head(_whole_head(model), form, hidden_NH, targets_N, temperature, reference)
         return tuple(vars(found).values())
 
     return TokenScores(*inside(model, scores))
@@ -190,7 +185,9 @@ def merge_scores(kept: TokenScores, others: TokenScores, where_N: Tensor) -> Tok
     return TokenScores(**{name: merged(getattr(kept, name), getattr(others, name)) for name in names})
 
 
-def _score_head(head, hidden_NH: Tensor, targets_N: Tensor, temperature: float, reference) -> TokenScores:
+def _score_head(
+    head, form: LogitForm, hidden_NH: Tensor, targets_N: Tensor, temperature: float, reference
+) -> TokenScores:
     weight, bias = head.weight, getattr(head, "bias", None)
     trained = torch.is_grad_enabled() and weight.requires_grad
     scores = score_tokens(
@@ -199,6 +196,7 @@ def _score_head(head, hidden_NH: Tensor, targets_N: Tensor, temperature: float, 
         targets_N,
         temperature=temperature,
         bias=None if bias is None else bias.detach(),
+        form=form,
         details=False,
         ref_hidden=None if reference is None else reference.hidden,
         ref_weight=None if reference is None else reference.weight,
@@ -209,7 +207,7 @@ def _score_head(head, hidden_NH: Tensor, targets_N: Tensor, temperature: float, 
         return scores
     # A trained head needs a gradient of its own, which the cached score vector does not give.
     logps = [
-        checkpoint(_trainable_logps, hidden, weight, bias, targets, temperature, use_reentrant=False)
+        checkpoint(_trainable_logps, hidden, weight, bias, form, targets, temperature, use_reentrant=False)
         for hidden, targets in zip(
             hidden_NH.split(_TRAINABLE_HEAD_BLOCK), targets_N.split(_TRAINABLE_HEAD_BLOCK), strict=True
         )
@@ -219,18 +217,11 @@ def _score_head(head, hidden_NH: Tensor, targets_N: Tensor, temperature: float, 
     return replace(scores, logps=scores.logps.detach() + (trained_logps - trained_logps.detach()))
 
 
-def _trainable_logps(hidden_nH, weight_VH, bias_V, targets_n, temperature: float) -> Tensor:
-    logits_nV = torch.nn.functional.linear(
+def _trainable_logps(hidden_nH, weight_VH, bias_V, form: LogitForm, targets_n, temperature: float) -> Tensor:
+    products_nV = torch.nn.functional.linear(
         hidden_nH.float(), weight_VH.float(), None if bias_V is None else bias_V.float()
     )
-    return (logits_nV / temperature).log_softmax(1).gather(1, targets_n[:, None]).squeeze(1)
-
-
-def body_of(model):
-    """The transformer under the head; LoRA layers are inside of it."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    decoder = base.get_decoder()
-    return base.model if decoder is base else decoder  # Llama 4 calls itself its decoder
+    return (form.of(products_nV) / temperature).log_softmax(1).gather(1, targets_n[:, None]).squeeze(1)
 
 
 def spread(values: Tensor, mask: Tensor) -> Tensor:
@@ -254,12 +245,3 @@ def _padded_hidden(body, rollouts: Rollouts) -> Tensor:
     for row, (prompt, answer) in enumerate(zip(prompts, rollouts.answers, strict=True)):
         predicting[row, len(prompt) - 1 : len(prompt) - 1 + len(answer)] = True
     return states[predicting]
-
-
-def check_head(config: Any) -> None:
-    """Raises ValueError for a model that changes its logits after the head, by its configuration."""
-    text = config.get_text_config()
-    capped = [name for name in _CAPS if getattr(text, name, None) is not None]
-    scaled = [name for name in _SCALES if getattr(text, name, None) not in (None, 1)]
-    for name in (*capped, *scaled):
-        raise ValueError(f"model: its logits are changed after the head ({name}), which is not supported")

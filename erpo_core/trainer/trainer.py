@@ -16,6 +16,7 @@ from accelerate import DistributedType
 from torch import Tensor
 from trl import GRPOTrainer
 
+from erpo_core.heads import body_of, check_head
 from erpo_core.loss import LossTerms, erpo_loss, importance_ratios
 from erpo_core.models import widen_adapters, without_dropout
 from erpo_core.packing import ATTENTION, attention, supports_packing
@@ -29,7 +30,6 @@ from erpo_core.trainer.rollouts import SampledAnswers
 from erpo_core.trainer.rows import stack_rows
 from erpo_core.trainer.sampling import make_sampler
 from erpo_core.trainer.saving import RotateCheckpoints, WholeCheckpoints
-from erpo_core.trainer.scoring import body_of, check_head
 from erpo_core.trainer.sharding import ShardedWeights
 from erpo_core.trainer.state import RunState
 from erpo_core.trainer.totals import Totals
@@ -86,9 +86,9 @@ class ERPOTrainer(ShardedWeights, ZeroParts, WholeCheckpoints, SampledAnswers, T
             super().__init__(model=model, reward_funcs=reward_funcs, args=args, **kwargs)
         finally:
             args.loss_type, args.beta, args.use_vllm = kept["loss_type"], kept["beta"], kept["use_vllm"]
-        check_head(self._policy.config)
         widen_adapters(self._policy)
         without_dropout(self._policy)
+        check_head(self._policy)
         self.beta = args.beta
         self._check_layout()
         self._check_outcome()

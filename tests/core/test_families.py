@@ -8,8 +8,9 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from erpo_core.errors import RunError
 from erpo_core.generation.snapshot import PolicySnapshot
 from erpo_core.generation.transformers import TransformersEngine
+from erpo_core.heads import body_of, check_head
 from erpo_core.packing import supports_packing
-from erpo_core.trainer.scoring import body_of, pad_rollouts, score_rollouts
+from erpo_core.trainer.scoring import pad_rollouts, score_rollouts
 
 PROMPTS = [[5, 6, 7, 8, 9], [5, 6, 11, 12]]
 ANSWERS = [[20, 21, 22, 23], [24, 25], [30, 31, 32, 33, 34, 35], [36]]
@@ -23,6 +24,9 @@ LINEAR = {
 }
 MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "num_local_experts": 2, "num_experts_per_tok": 1}
 WINDOW = {"sliding_window": 3}
+GEMMA_4 = {"global_head_dim": 8, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 128}
+GEMMA_4 |= {"num_kv_shared_layers": 0, "layer_types": ["sliding_attention", "full_attention", "full_attention"]}
+FALCON = {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_expand": 2}
 PACKED = {
     "llama": {},
     "qwen2": {},
@@ -37,25 +41,35 @@ PACKED = {
     "glm4": {},
     "smollm3": {"no_rope_layer_interval": 2},
     "starcoder2": {},
-    "cohere": {"logit_scale": 1.0},
-    "granite": {"logits_scaling": 1.0, "attention_multiplier": 0.3},
+    "cohere": {"logit_scale": 0.25},
+    "granite": {"logits_scaling": 4.0, "attention_multiplier": 0.3},
+    "granitemoe": EXPERTS | {"logits_scaling": 4.0},
+    "hyperclovax": {"logits_scaling": 0.5},
+    "nanochat": {"final_logit_softcapping": 2.0},
     "gpt_neox": {"rotary_pct": 0.25},
     "gpt2": {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 256},
     "opt": {"word_embed_proj_dim": 32, "ffn_dim": 48},
 }
 PADDED = {
-    "gemma2": WINDOW | {"final_logit_softcapping": None},
+    "cohere2": WINDOW | {"logit_scale": 0.25},
+    "gemma2": WINDOW | {"final_logit_softcapping": 2.0},
     "gemma3_text": WINDOW,
+    "gemma4_text": WINDOW | GEMMA_4 | {"final_logit_softcapping": 2.0},
+    "vaultgemma": WINDOW | {"final_logit_softcapping": 2.0},
+    "falcon_h1": FALCON | {"lm_head_multiplier": 0.25},
     "ministral": WINDOW,
     "gpt_oss": WINDOW | EXPERTS,
     "nemotron": {},
     "qwen3_next": LINEAR | EXPERTS | {"shared_expert_intermediate_size": 16},
     "qwen3_5_text": LINEAR,
     "lfm2": {"layer_types": ["conv", "full_attention", "conv"]},
-    "granitemoehybrid": MAMBA | {"layer_types": ["mamba", "attention", "mamba"], "logits_scaling": 1.0},
+    "granitemoehybrid": MAMBA | {"layer_types": ["mamba", "attention", "mamba"], "logits_scaling": 4.0},
     "jamba": {"attn_layer_period": 3, "attn_layer_offset": 1, "num_experts": 2, "use_mamba_kernels": False},
     "llama4_text": EXPERTS | {"intermediate_size_mlp": 48, "attention_chunk_size": 4},
 }
+
+FEW_TARGETS = ("mixtral", "llama4_text", "falcon_h1")
+"""PEFT takes no router, and no product inside of Mamba."""
 
 
 def make(family: str, **changes):
@@ -99,8 +113,9 @@ class Tokenizer:
 def test_scores_answers_and_gradients_are_those_of_the_models_own_forward(family):
     model = make(family, **(PACKED | PADDED)[family])
     assert supports_packing(body_of(model)) == (family in PACKED)
-    targets = ["q_proj", "o_proj"] if family in ("mixtral", "llama4_text") else "all-linear"  # PEFT takes no router
+    targets = ["q_proj", "o_proj"] if family in FEW_TARGETS else "all-linear"
     policy = get_peft_model(model, LoraConfig(r=4, target_modules=targets, init_lora_weights=False)).eval()
+    check_head(policy)
     pairs = [(PROMPTS[index // 2], answer) for index, answer in enumerate(ANSWERS)]
 
     expected = torch.cat([of_tokens(plain_logps(policy, *pair), pair[1]) for pair in pairs])
@@ -130,6 +145,17 @@ def test_scores_answers_and_gradients_are_those_of_the_models_own_forward(family
                     assert (logps.max(1).values - of_tokens(logps, sample.token_ids)).max() < 1e-3
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma2", "cohere"])
+def test_a_head_that_is_trained_gets_the_gradient_of_the_models_own_forward(family):
+    model = make(family, **(PACKED | PADDED)[family])
+    pairs = [(PROMPTS[index // 2], answer) for index, answer in enumerate(ANSWERS)]
+    torch.cat([of_tokens(plain_logps(model, *pair), pair[1]) for pair in pairs]).sum().backward()
+    wanted = model.get_output_embeddings().weight.grad.clone()
+    model.zero_grad()
+    score_rollouts(model, pad_rollouts(PROMPTS, ANSWERS, 0, "cpu"), temperature=1.0).logps.sum().backward()
+    torch.testing.assert_close(model.get_output_embeddings().weight.grad, wanted, atol=1e-3, rtol=1e-3)
+
+
 @pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="a CPU that computes in bfloat16")
 @pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "v_proj"]])
 @pytest.mark.parametrize("family", [*PACKED, *PADDED])
@@ -137,7 +163,7 @@ def test_the_copy_of_a_bfloat16_policy_says_what_the_policy_says(family, targets
     model = make(family, **(PACKED | PADDED)[family])
     if targets != "all-linear" and not any(name.endswith(".q_proj") for name, _ in model.named_modules()):
         targets = "all-linear"
-    if family in ("mixtral", "llama4_text"):
+    if family in FEW_TARGETS:
         targets = ["q_proj", "o_proj"]
     policy = get_peft_model(model.bfloat16(), LoraConfig(r=4, target_modules=targets, init_lora_weights=False)).eval()
     if not PolicySnapshot.suits(policy):

@@ -1,44 +1,50 @@
-"""Models whose logits are not their head's weight times their hidden states are refused: scores would be wrong."""
+"""What lies between hidden states and logits: known options are followed, and what is not known is refused."""
 
 import pytest
+import torch
 from datasets import Dataset
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from erpo_core import ERPOConfig, ERPOTrainer
-from erpo_core.trainer.scoring import check_head
-from tiny_model import make_tiny_tokenizer
+from erpo_core.heads import check_head, logit_form
+from erpo_core.logits import LogitForm
+from tiny_model import make_tiny_model, make_tiny_tokenizer
 
-SMALL = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 8}
-SMALL |= {"num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-GEMMA_4 = SMALL | {"global_head_dim": 8, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 64}
-GEMMA_4 |= {"num_kv_shared_layers": 0, "layer_types": ["sliding_attention", "full_attention"]}
-CHANGED = {
-    "cohere": ("logit_scale", {}),
-    "falcon_h1": ("lm_head_multiplier", {"lm_head_multiplier": 0.25}),
-    "gemma2": ("final_logit_softcapping", {}),
-    "gemma3_text": ("final_logit_softcapping", {"final_logit_softcapping": 1.0}),
-    "gemma3n": ("final_logit_softcapping", {}),
-    "gemma4": ("final_logit_softcapping", {"text_config": {"final_logit_softcapping": 30.0}}),
-    "granite": ("logits_scaling", {"logits_scaling": 8.0}),
-    "minicpm3": ("logits_scaling", {}),
-    "muse_glimmer": ("final_logit_softcapping", {}),
-    "recurrent_gemma": ("logits_soft_cap", {}),
-    "xlstm": ("output_logit_soft_cap", {}),
+FORMS = {
+    "llama": ({}, LogitForm()),
+    "cohere": ({}, LogitForm(scale=0.0625)),
+    "falcon_h1": ({"lm_head_multiplier": 0.25}, LogitForm(scale=0.25)),
+    "gemma2": ({}, LogitForm(cap=30.0)),
+    "gemma3_text": ({"final_logit_softcapping": 1.0}, LogitForm(cap=1.0)),
+    "gemma4": ({"text_config": {"final_logit_softcapping": 30.0}}, LogitForm(cap=30.0)),
+    "granite": ({"logits_scaling": 8.0}, LogitForm(scale=0.125)),
+    "hyperclovax": ({"logits_scaling": 8.0}, LogitForm(scale=8.0)),
+    "recurrent_gemma": ({}, LogitForm(cap=30.0)),
 }
 
 
-@pytest.mark.parametrize("family", CHANGED)
-def test_a_family_that_changes_its_logits_after_the_head_is_refused_by_name(family):
-    name, changes = CHANGED[family]
-    with pytest.raises(ValueError, match=f"after the head \\({name}\\)"):
-        check_head(CONFIG_MAPPING[family](**changes))
+@pytest.mark.parametrize("family", FORMS)
+def test_the_configuration_says_what_becomes_of_the_heads_products(family):
+    changes, form = FORMS[family]
+    assert logit_form(CONFIG_MAPPING[family](**changes)) == form
 
 
-def test_a_model_whose_text_part_caps_its_logits_is_refused_before_anything_is_sampled(tmp_path):
-    text = GEMMA_4 | {"final_logit_softcapping": 1.0}
-    config = CONFIG_MAPPING["gemma4"](text_config=text, vision_config=None, audio_config=None)
-    model = AutoModelForCausalLM.from_config(config)
-    with pytest.raises(ValueError, match="final_logit_softcapping"):
+class Louder(torch.nn.Linear):
+    """A head whose product is not its weight's."""
+
+    def forward(self, states):
+        return 1.5 * super().forward(states)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_whose_logits_are_changed_otherwise_is_refused_before_anything_is_sampled(tmp_path, dtype):
+    model = AutoModelForCausalLM.from_pretrained(make_tiny_model(tmp_path / "tiny"), dtype=dtype)
+    check_head(model)
+    louder = Louder(*reversed(model.lm_head.weight.shape), bias=False, dtype=dtype)
+    louder.weight = model.lm_head.weight
+    model.lm_head = louder
+    del model._has_known_logits
+    with pytest.raises(ValueError, match=r"model: .* changes its logits after the head in a way that is not known"):
         ERPOTrainer(
             model,
             lambda completions, **_: [0.0] * len(completions),

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from erpo_core.logits import score_tokens, top_alternatives
+from erpo_core.logits import LogitForm, score_tokens, top_alternatives
 
 
 def case(num_tokens=37, vocabulary=211, size=24, scale=3.0, dtype=torch.float32, seed=0):
@@ -163,6 +163,34 @@ def test_the_cached_gradient_is_autograds(temperature):
     assert not scores.entropies.requires_grad
     direction = (weight[targets] - (hidden @ weight.T / temperature).softmax(1) @ weight) / temperature
     torch.testing.assert_close(scores.leverage_norms, direction.norm(dim=1), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("form", [LogitForm(scale=0.25), LogitForm(cap=5.0), LogitForm(scale=0.5, cap=3.0)], ids=str)
+@pytest.mark.parametrize("tile_elements", [None, 4 * 640])
+def test_scaled_and_capped_logits_are_scored_as_autograd_scores_them(form, tile_elements):
+    hidden, weight, targets = case()
+    ref_hidden, ref_weight, _ = case(seed=1)
+    bias, ours, theirs = weight[:, 0], hidden.clone().requires_grad_(), hidden.double().requires_grad_()
+    more = {"temperature": 0.7, "bias": bias, "form": form}
+    scores = score_tokens(
+        ours, weight, targets, ref_hidden=ref_hidden, ref_weight=ref_weight, tile_elements=tile_elements, **more
+    )
+    products = theirs @ weight.double().T + bias.double()
+    ref_products = ref_hidden.double() @ ref_weight.double().T
+    logps, ref_logps = ((form.of(z) / 0.7).log_softmax(1) for z in (products, ref_products))
+    advantages, chosen = torch.randn(len(targets)), targets[:, None]
+    (scores.logps * advantages).sum().backward()
+    (direction,) = torch.autograd.grad((logps.gather(1, chosen)[:, 0] * advantages).sum(), theirs)
+    torch.testing.assert_close(ours.grad.double(), direction, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        scores.leverage_norms.double(), (direction / advantages[:, None]).norm(dim=1), rtol=1e-4, atol=1e-4
+    )
+    found = {"logps": logps.gather(1, chosen)[:, 0], "ref_logps": ref_logps.gather(1, chosen)[:, 0]}
+    found |= {"entropies": -(logps.exp() * logps).sum(1), "kls": (logps.exp() * (logps - ref_logps)).sum(1)}
+    for name, expected in found.items():
+        torch.testing.assert_close(getattr(scores, name).double(), expected.detach(), atol=2e-4, rtol=1e-4)
+    ids, values = top_alternatives(hidden, weight, 4, **more)
+    torch.testing.assert_close(values.double(), logps.detach().gather(1, ids), atol=2e-4, rtol=1e-4)
 
 
 def test_a_trainable_head_is_refused_by_name():
