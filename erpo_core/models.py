@@ -145,13 +145,16 @@ def load_model(path: Path, *, dtype: Any, device: str = "cpu", load_in_4bit: boo
     Raises:
         RunError: ``quantization_unavailable``: ``load_in_4bit`` without CUDA or bitsandbytes.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    quantized = _in_4bit(dtype, device) if load_in_4bit else {}
+    options = _in_4bit(dtype, device) if load_in_4bit else {}
+    config = AutoConfig.from_pretrained(path, trust_remote_code=False).get_text_config()
+    if getattr(config, "attn_logit_softcapping", None) is not None:  # sdpa, the default, would leave the cap out
+        options["attn_implementation"] = "eager"
     model = AutoModelForCausalLM.from_pretrained(
-        path, dtype=dtype, use_safetensors=True, trust_remote_code=False, **quantized
+        path, dtype=dtype, use_safetensors=True, trust_remote_code=False, **options
     )
-    return model if quantized else model.to(device), load_tokenizer(path)
+    return model if load_in_4bit else model.to(device), load_tokenizer(path)
 
 
 def _in_4bit(dtype: Any, device: str) -> dict[str, Any]:

@@ -85,6 +85,23 @@ def test_a_policy_carries_its_adapter_and_digests(tmp_path):
     assert not torch.allclose(plain(ids).logits, adapted(ids).logits)
 
 
+def test_the_attention_of_a_model_that_caps_its_scores_caps_them(tmp_path):
+    torch = pytest.importorskip("torch")
+    from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM
+
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "head_dim": 8}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "attn_logit_softcapping": 0.5}
+    torch.manual_seed(0)
+    model = Gemma2ForCausalLM(Gemma2Config(**sizes, **heads, initializer_range=0.5))
+    model.save_pretrained(tmp_path)
+    make_tiny_tokenizer().save_pretrained(tmp_path)
+    ids = torch.tensor([[5, 6, 7, 8]])
+    loaded, _ = load_model(tmp_path, dtype=torch.float32)
+    exact = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
+    assert torch.equal(loaded(ids).logits, exact(ids).logits)
+    assert not torch.allclose(loaded(ids).logits, model(ids).logits, atol=1e-3)
+
+
 def test_a_pickled_adapter_is_refused(tmp_path):
     torch = pytest.importorskip("torch")
     make_tiny_model(tmp_path / "model")
