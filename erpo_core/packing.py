@@ -30,6 +30,7 @@ _SHORT_ROW = {"cpu": 0, "cuda": 4096}
 """Tokens of a row whose attention is one product with a mask of L x L."""
 _ROUNDING = 0.1
 """Of the length of hidden states: as far as bfloat16 may move them in a deep model."""
+_NARROW = 3
 _ALIGNED = 16
 """Elements: attention kernels take rows of a mask that begin at a multiple of it."""
 
@@ -44,8 +45,17 @@ class Bucket:
     """S."""
     above: Tensor | None
     """(P,) int64 places of the tokens above, None at the root."""
-    mask: Tensor | None
-    """(T, P + T) bool: all above, and causal among themselves. None at the root, where causal says it."""
+    _masks: dict[int | None, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def mask(self, window: int | None) -> Tensor | None:
+        """(T, P + T) bool: all above, and causal among themselves; of both, those within ``window`` tokens. None at
+        the root, where causal says it. Made once for all layers."""
+        above, length = 0 if self.above is None else len(self.above), len(self.columns) // self.size
+        window = None if window is None or window >= above + length else window
+        if window not in self._masks and (above or window):
+            mask = torch.ones(length, above + length, dtype=torch.bool, device=self.columns.device).tril(above)
+            self._masks[window] = mask.triu(above - window + 1) if window else mask
+        return self._masks.get(window)
 
 
 @dataclass(frozen=True)
@@ -65,21 +75,23 @@ class PackedRow:
     """(L,) int64: the segment of each token, in the order of the row."""
     above: Tensor
     """(segments, segments) bool: whether the second is the first, or lies above it."""
-    _biases: dict[torch.dtype, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _biases: dict[Any, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def is_short(self, device: torch.device) -> bool:
         """Whether all of it is attended to at once."""
         return self.ids.shape[1] <= _SHORT_ROW.get(device.type, 0)
 
-    def bias(self, dtype: torch.dtype) -> Tensor:
+    def bias(self, dtype: torch.dtype, window: int | None = None) -> Tensor:
         """(L, L): 0 where a token (row) sees another (column), minus infinity elsewhere. Made once for all layers."""
-        if dtype not in self._biases:
-            length = self.ids.shape[1]
-            sees = self.above[self.segments[:, None], self.segments] & (self.positions <= self.positions.T)
+        if (dtype, window) not in self._biases:
+            length, back = self.ids.shape[1], self.positions.T - self.positions
+            sees = self.above[self.segments[:, None], self.segments] & (back >= 0)
+            if window is not None:
+                sees &= back < window
             width = -(-length // _ALIGNED) * _ALIGNED
             bias = torch.full((length, width), float("-inf"), dtype=dtype, device=sees.device)[:, :length]
-            self._biases[dtype] = bias.masked_fill_(sees, 0.0)
-        return self._biases[dtype]
+            self._biases[dtype, window] = bias.masked_fill_(sees, 0.0)
+        return self._biases[dtype, window]
 
 
 def pack(prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], device: torch.device | str) -> PackedRow:
@@ -147,7 +159,6 @@ class _Builder:
                     columns.flatten().to(device),
                     len(segments),
                     torch.tensor(above).to(device) if above else None,
-                    _mask(len(above), length).to(device) if above else None,
                 )
             )
         above_SS = torch.zeros(len(self._above), len(self._above), dtype=torch.bool)
@@ -174,26 +185,36 @@ def _of_like_length(segments: list[range]) -> list[list[range]]:
     return found
 
 
-def _mask(above: int, length: int) -> Tensor:
-    return torch.ones(length, above + length, dtype=torch.bool).tril(above)
-
-
 def supports_packing(body: Any) -> bool:
-    """Whether a model's body takes our attention: plain causal layers behind transformers' attention interface.
+    """Whether a model's body takes our attention: causal layers, sliding or not, behind transformers' attention
+    interface.
 
     What a configuration does not say (a mask, a sink or a window that a model makes itself) is found out by a trial,
     once for each body: a model that is not the same packed is scored padded.
     """
     if "_packs" not in vars(body):
-        body._packs = _looks_plain(body) and _is_the_same_packed(body)
+        with _narrowed(body):
+            body._packs = _looks_plain(body) and _is_the_same_packed(body)
     return body._packs
 
 
+@contextmanager
+def _narrowed(body: Any) -> Iterator[None]:
+    """Windows are of three tokens: the trial's rows do not reach the end of those that models have."""
+    holders = [body.config, *body.modules()]
+    wide = [(each, value) for each in holders if isinstance(value := vars(each).get("sliding_window"), int)]
+    for holder, _ in wide:
+        holder.sliding_window = _NARROW
+    try:
+        yield
+    finally:
+        for holder, value in wide:
+            holder.sliding_window = value
+
+
 def _looks_plain(body: Any) -> bool:
-    config = body.config
-    plain = all(kind == "full_attention" for kind in getattr(config, "layer_types", None) or ())
-    sliding = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
-    return bool(getattr(body, "_supports_attention_backend", False)) and plain and not sliding
+    known = {"full_attention", "sliding_attention"}.issuperset(getattr(body.config, "layer_types", None) or ())
+    return known and bool(getattr(body, "_supports_attention_backend", False))
 
 
 @torch.no_grad()
@@ -237,31 +258,41 @@ def attention(config: Any, implementation: str) -> Iterator[None]:
         config._attn_implementation = before
 
 
-def _attend(module, query, key, value, attention_mask, *, packed_row: PackedRow, scaling=None, **_):
-    """transformers' attention interface: (1, heads, L, head size) in, (1, L, heads, head size) out."""
+def _attend(
+    module, query, key, value, attention_mask, *, packed_row: PackedRow, scaling=None, sliding_window=None, **options
+):
+    """transformers' attention interface: (1, heads, L, head size) in, (1, L, heads, head size) out.
+
+    Raises:
+        TypeError: the scores are capped, or a sink is among them.
+    """
+    for name in ("softcap", "s_aux"):
+        if options.get(name) is not None:
+            raise TypeError(f"{type(module).__name__} attends with {name}")
     attend = _attend_whole if packed_row.is_short(query.device) else _attend_buckets
-    return attend(query, key, value, packed_row, scaling), None
+    return attend(query, key, value, packed_row, scaling, sliding_window), None
 
 
-def _attend_whole(query: Tensor, key: Tensor, value: Tensor, row: PackedRow, scaling: float | None) -> Tensor:
+def _attend_whole(query: Tensor, key: Tensor, value: Tensor, row: PackedRow, scaling, window: int | None) -> Tensor:
     # Rotary embeddings may leave float32 under autocast. Kernels that take a mask take no heads that share keys.
     shared = query.shape[1] // key.shape[1]
     key, value = (states.to(value.dtype).repeat_interleave(shared, 1) for states in (key, value))
-    bias = row.bias(value.dtype)[None, None]
+    bias = row.bias(value.dtype, window)[None, None]
     found = scaled_dot_product_attention(query.to(value.dtype), key, value, attn_mask=bias, scale=scaling)
     return found.transpose(1, 2)
 
 
-def _attend_buckets(query: Tensor, key: Tensor, value: Tensor, row: PackedRow, scaling: float | None) -> Tensor:
+def _attend_buckets(query: Tensor, key: Tensor, value: Tensor, row: PackedRow, scaling, window: int | None) -> Tensor:
     query_Lhd, key_Lhd, value_Lhd = (states[0].transpose(0, 1) for states in (query, key, value))
     outputs = []
     for bucket in row.buckets:
+        mask = bucket.mask(window)
         found = scaled_dot_product_attention(
             _padded(query_Lhd, bucket),
             _with_above(key_Lhd, bucket),
             _with_above(value_Lhd, bucket),
-            attn_mask=bucket.mask,
-            is_causal=bucket.mask is None,
+            attn_mask=mask,
+            is_causal=mask is None,
             scale=scaling,
             enable_gqa=query.shape[1] != key.shape[1],
         )

@@ -5,6 +5,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
+from erpo_core import packing
 from erpo_core.errors import RunError
 from erpo_core.generation.snapshot import PolicySnapshot
 from erpo_core.generation.transformers import TransformersEngine
@@ -32,16 +33,20 @@ PACKED = {
     "qwen2": {},
     "qwen3": {},
     "qwen3_moe": EXPERTS,
-    "mistral": {"sliding_window": None},
+    "mistral": WINDOW,
     "mixtral": EXPERTS,
     "phi": {"partial_rotary_factor": 0.5},
-    "phi3": {},
+    "phi3": WINDOW,
     "gemma": {},
     "olmo2": {},
     "glm4": {},
     "smollm3": {"no_rope_layer_interval": 2},
     "starcoder2": {},
     "cohere": {"logit_scale": 0.25},
+    "cohere2": WINDOW | {"logit_scale": 0.25},
+    "gemma3_text": WINDOW,
+    "gemma4_text": WINDOW | GEMMA_4 | {"final_logit_softcapping": 2.0},
+    "ministral": WINDOW,
     "granite": {"logits_scaling": 4.0, "attention_multiplier": 0.3},
     "granitemoe": EXPERTS | {"logits_scaling": 4.0},
     "hyperclovax": {"logits_scaling": 0.5},
@@ -51,13 +56,9 @@ PACKED = {
     "opt": {"word_embed_proj_dim": 32, "ffn_dim": 48},
 }
 PADDED = {
-    "cohere2": WINDOW | {"logit_scale": 0.25},
     "gemma2": WINDOW | {"final_logit_softcapping": 2.0},
-    "gemma3_text": WINDOW,
-    "gemma4_text": WINDOW | GEMMA_4 | {"final_logit_softcapping": 2.0},
     "vaultgemma": WINDOW | {"final_logit_softcapping": 2.0},
     "falcon_h1": FALCON | {"lm_head_multiplier": 0.25},
-    "ministral": WINDOW,
     "gpt_oss": WINDOW | EXPERTS,
     "nemotron": {},
     "qwen3_next": LINEAR | EXPERTS | {"shared_expert_intermediate_size": 16},
@@ -143,6 +144,25 @@ def test_scores_answers_and_gradients_are_those_of_the_models_own_forward(family
                 for sample in group:
                     logps = plain_logps(policy, prompt, sample.token_ids)
                     assert (logps.max(1).values - of_tokens(logps, sample.token_ids)).max() < 1e-3
+
+
+@pytest.mark.parametrize("family", ["mistral", "gemma3_text"])
+def test_a_short_row_on_a_gpu_sees_as_far_as_one_in_buckets(monkeypatch, family):
+    model, rollouts = make(family, **PACKED[family]), pad_rollouts(PROMPTS, ANSWERS, 0, "cpu")
+    in_buckets = score_rollouts(model, rollouts, temperature=1.0).logps
+    monkeypatch.setitem(packing._SHORT_ROW, "cpu", 4096)
+    torch.testing.assert_close(score_rollouts(model, rollouts, temperature=1.0).logps, in_buckets, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("window", [3, 4096])
+def test_a_model_whose_window_does_not_reach_its_attention_is_not_packed(monkeypatch, window):
+    """Whatever its width: the rows that are tried are short."""
+    assert supports_packing(body_of(make("mistral", sliding_window=window)))
+    attend = packing._attend_buckets
+    monkeypatch.setattr(packing, "_attend_buckets", lambda *given: attend(*given[:-1], None))
+    model = make("mistral", sliding_window=window)
+    assert not supports_packing(body_of(model))
+    assert model.config.sliding_window == window
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "cohere"])
