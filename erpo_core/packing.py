@@ -9,7 +9,7 @@ On CUDA a short row is attended to as a whole, behind a mask: there the number o
 # L = packed tokens, S = segments of a bucket, T = their padded length, P = tokens above them
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -140,7 +140,7 @@ class _Builder:
             self._ids += tokens
             self._positions += range(len(above), len(above) + len(tokens))
             places.append(range(start, len(self._ids)))
-        for together in _of_like_length([columns for columns in places if columns]):
+        for together in of_like_length([columns for columns in places if columns]):
             self._buckets.append((together, above))
         return [tuple(columns) for columns in places]
 
@@ -175,13 +175,14 @@ class _Builder:
         )
 
 
-def _of_like_length(segments: list[range]) -> list[list[range]]:
-    found: list[list[range]] = []
-    for columns in sorted(segments, key=len, reverse=True):
-        if found and len(columns) >= _LEAST_FILL * len(found[-1][0]):
-            found[-1].append(columns)
+def of_like_length(rows: Sequence[Sized]) -> list[list[Sized]]:
+    """The rows in batches that waste little where each is padded to its longest, long ones first."""
+    found: list[list[Sized]] = []
+    for row in sorted(rows, key=len, reverse=True):
+        if found and len(row) >= _LEAST_FILL * len(found[-1][0]):
+            found[-1].append(row)
         else:
-            found.append([columns])
+            found.append([row])
     return found
 
 

@@ -14,8 +14,8 @@ from torch.utils.checkpoint import checkpoint
 
 from erpo_core.heads import body_of, logit_form
 from erpo_core.logits import LogitForm, TokenScores, score_tokens
-from erpo_core.packing import PackedRow, pack, packed_hidden, supports_packing
-from erpo_core.trainer.sharding import inside
+from erpo_core.packing import PackedRow, of_like_length, pack, packed_hidden, supports_packing
+from erpo_core.trainer.sharding import goes_in_step, inside
 
 _CUDA_TILE_ELEMENTS = 2**27
 """Logits alive at once: fewer launches, and training has gigabytes of activations beside them."""
@@ -98,7 +98,8 @@ def hidden_states(model: Any, rollouts: Rollouts, *, packed: bool | None = None)
     body = body_of(model)
     if supports_packing(body) if packed is None else packed:
         return packed_hidden(body, rollouts.row)
-    return _padded_hidden(body, rollouts)
+    # Ranks that share their weights call the layers together, and so equally often.
+    return _padded_hidden(body, rollouts, at_once=goes_in_step(model))
 
 
 @torch.no_grad()
@@ -231,17 +232,31 @@ def spread(values: Tensor, mask: Tensor) -> Tensor:
     return out
 
 
-def _padded_hidden(body, rollouts: Rollouts) -> Tensor:
-    """Each answer behind its prompt, both padded on the right."""
+def _padded_hidden(body, rollouts: Rollouts, *, at_once: bool) -> Tensor:
+    """Each answer behind its prompt, padded on the right, together with those of like length."""
     prompts = [prompt for prompt in rollouts.prompts for _ in range(rollouts.num_generations)]
-    rows = [[*prompt, *answer] for prompt, answer in zip(prompts, rollouts.answers, strict=True)]
-    width = max(map(len, rows))
-    device = rollouts.mask.device
-    ids = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=device)
-    lengths = torch.tensor([len(row) for row in rows], device=device)
-    mask = (torch.arange(width, device=device) < lengths[:, None]).long()
-    states = body(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
-    predicting = torch.zeros_like(mask, dtype=torch.bool)
-    for row, (prompt, answer) in enumerate(zip(prompts, rollouts.answers, strict=True)):
-        predicting[row, len(prompt) - 1 : len(prompt) - 1 + len(answer)] = True
-    return states[predicting]
+    rows = [_Row(*row) for row in zip(prompts, rollouts.answers, strict=True)]
+    for batch in [rows] if at_once else of_like_length(rows):
+        width = max(map(len, batch))
+        ids = torch.tensor([row.padded(width) for row in batch], device=rollouts.mask.device)
+        lengths = torch.tensor([len(row) for row in batch], device=ids.device)
+        mask = (torch.arange(width, device=ids.device) < lengths[:, None]).long()
+        states = body(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+        for row, of_row in zip(batch, states, strict=True):
+            row.hidden = of_row[len(row.prompt) - 1 :][: len(row.answer)]
+    return torch.cat([row.hidden for row in rows])
+
+
+@dataclass(eq=False)
+class _Row:
+    """An answer behind its prompt, and what predicts its tokens."""
+
+    prompt: Sequence[int]
+    answer: Sequence[int]
+    hidden: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.prompt) + len(self.answer)
+
+    def padded(self, width: int) -> list[int]:
+        return [*self.prompt, *self.answer, *[0] * (width - len(self))]

@@ -154,6 +154,18 @@ def test_a_short_row_on_a_gpu_sees_as_far_as_one_in_buckets(monkeypatch, family)
     torch.testing.assert_close(score_rollouts(model, rollouts, temperature=1.0).logps, in_buckets, atol=1e-4, rtol=1e-4)
 
 
+def test_ranks_that_share_their_weights_call_a_padded_model_once(monkeypatch):
+    model, rollouts = make("qwen3_5_text", **LINEAR), pad_rollouts(PROMPTS, ANSWERS, 0, "cpu")
+    calls, found = [], []
+    body_of(model).register_forward_hook(lambda *_: calls.append(1))
+    for in_step in (False, True):
+        monkeypatch.setattr("erpo_core.trainer.scoring.goes_in_step", lambda _, in_step=in_step: in_step)
+        found.append(score_rollouts(model, rollouts, temperature=1.0).logps)
+        calls.append(0)
+    assert calls == [1, 1, 1, 0, 1, 0]
+    torch.testing.assert_close(*found, atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("window", [3, 4096])
 def test_a_model_whose_window_does_not_reach_its_attention_is_not_packed(monkeypatch, window):
     """Whatever its width: the rows that are tried are short."""
