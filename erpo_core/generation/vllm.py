@@ -286,6 +286,7 @@ def _start(settings: dict[str, Any]) -> Any:
     if current_platform.is_cpu():
         products = "erpo_core.generation.vllm_lora_cpu.PlainProducts"
         type(current_platform).get_punica_wrapper = classmethod(lambda cls: products)
+        _leave_transformers_alone()
     try:
         with _seeded(0), _own_device():  # vLLM seeds the global generators of its process
             return LLM(**settings)
@@ -293,6 +294,14 @@ def _start(settings: dict[str, Any]) -> Any:
         raise
     except (ValueError, RuntimeError) as error:
         raise RunError(f"vLLM does not start: {error}", code="engine_unavailable") from error
+
+
+def _leave_transformers_alone() -> None:
+    """Families that vLLM takes from transformers it would mark for compilation: their classes, and with them the models
+    of this process that are trained. Here nothing is compiled."""
+    from vllm.model_executor.models.transformers.base import Base
+
+    Base._decorate_cls_for_torch_compile = lambda self, *args, **kwargs: None
 
 
 @contextmanager

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from transformers import Olmo2Config, Olmo2ForCausalLM
 
 from erpo_core.errors import RunError
 from erpo_core.generation.vllm import VLLMEngine
@@ -90,6 +91,20 @@ def test_the_engine_samples_from_the_policy_of_each_step(train, monkeypatch):
     for values in steps:
         assert 0 < values["sampling/logp_difference_mean"] <= values["sampling/logp_difference_max"] < 1e-3
         assert values["grad_norm"] > 0
+
+
+def test_a_family_that_vllm_takes_from_transformers_is_trained(tiny, tmp_path):
+    shape = json.loads((tiny / "config.json").read_text())
+    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    sizes = {name: shape[name] for name in (*names, "num_key_value_heads", "eos_token_id", "pad_token_id")}
+    folder = tmp_path / "olmo2"
+    shutil.copytree(tiny, folder, ignore=shutil.ignore_patterns("*config.json", "*.safetensors"))
+    Olmo2ForCausalLM(Olmo2Config(**sizes, bos_token_id=None, max_position_embeddings=4096)).save_pretrained(folder)
+    shutil.copy(tiny / "tokenizer_config.json", folder)
+    records = run(folder, tmp_path)
+    steps = [record.values for record in records if isinstance(record, Metrics) and "reward" in record.values]
+    assert len(steps) == 2
+    assert all(values["sampling/logp_difference_max"] < 1e-3 for values in steps)
 
 
 def test_the_policy_is_evaluated_by_the_same_engine_and_training_is_as_without(train):
