@@ -29,6 +29,8 @@ def policy(tiny):
 class Server:
     """Serves what it has read."""
 
+    max_model_len = 100
+
     def __init__(self, policy) -> None:
         self._policy = policy
         self.held: set[str] = set()

@@ -8,12 +8,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from peft import LoraConfig, get_peft_model
 from transformers import Olmo2Config, Olmo2ForCausalLM
 
 from erpo_core.errors import RunError
 from erpo_core.generation.vllm import VLLMEngine
 from erpo_core.job import JobInputs, ModelInput
 from erpo_core.launch import launcher
+from erpo_core.models import load_policy
 from erpo_core.records import Metrics, Resolved
 from erpo_core.specs import parse_spec
 from erpo_core.trainer.run import run_training
@@ -141,6 +143,18 @@ def test_a_step_on_the_adapter_of_the_step_before_is_refused(train, tmp_path, mo
 
     monkeypatch.setattr(VLLMEngine, "load_adapter", load_the_first)
     with pytest.raises(RunError, match="version 2") as caught:
+        train()
+    assert caught.value.code == "stale_adapter"
+
+
+def test_a_base_that_was_changed_in_memory_is_refused(train, monkeypatch):
+    def load_another(*args, **kwargs):
+        model, *rest = load_policy(*args, **kwargs)
+        merged = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
+        return merged.merge_and_unload(), *rest
+
+    monkeypatch.setattr("erpo_core.trainer.run.load_policy", load_another)
+    with pytest.raises(RunError, match="changed in memory") as caught:
         train()
     assert caught.value.code == "stale_adapter"
 
