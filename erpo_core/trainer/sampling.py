@@ -21,6 +21,8 @@ from erpo_core.trainer.scoring import pad_rollouts, score_rollouts
 from erpo_core.trainer.sharding import gathered, is_sharded, whole, whole_weights
 
 _PROBE = "A train leaves at 9:40 and arrives at 13:15. How long does it take? It takes 3 hours and 35 minutes.\n"
+_UNKNOWN_TO_VLLM = ("alpha_pattern", "lora_bias", "rank_pattern")
+"""Of PEFT's LoraConfig; vLLM reads an adapter that has them, and samples from another policy."""
 MOST_APART = 0.1
 """Nats a token, on average, between vLLM and the policy: bfloat16 gives about a tenth of it."""
 
@@ -307,5 +309,9 @@ def _check_policy(policy: Any) -> None:
 
     if not isinstance(policy, PeftModel):
         raise ValueError("use_vllm: vLLM is sent LoRA adapters, not whole weights; give a peft_config")
+    config = policy.peft_config["default"]
+    for name in _UNKNOWN_TO_VLLM:
+        if getattr(config, name, None):
+            raise ValueError(f"use_vllm: vLLM would leave out the adapter's {name}; write a peft_config without it")
     if not policy.config._name_or_path:
         raise ValueError("use_vllm: vLLM loads the base by its name; load the model with from_pretrained")
