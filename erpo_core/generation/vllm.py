@@ -68,7 +68,7 @@ class VLLMEngine:
         self._overlaps = self._on_cuda if overlap_calls is None else overlap_calls
         self._logps = logps
         self.watch: Watch | None = None
-        self._max_model_len = max_model_len
+        self.max_model_len = max_model_len
         self._adapter: Any = None
         self._versions = 0
         self._num_requests = 0
@@ -154,6 +154,16 @@ class VLLMEngine:
         self._llm.llm_engine.add_request(name, {"prompt_token_ids": prompt}, params, lora_request=self._adapter)
         return name
 
+    def prompt_logps(self, token_ids: Sequence[int]) -> list[float]:
+        """Log-probabilities, at temperature 1, of every token but the first under the adapter in use."""
+        from vllm import SamplingParams
+
+        params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
+        prompt = {"prompt_token_ids": list(token_ids)}
+        with _seeded(0), torch.autocast("cpu", enabled=False):
+            output = self._llm.generate(prompt, params, lora_request=self._adapter, use_tqdm=False)[0]
+        return [step[token].logprob for token, step in zip(token_ids[1:], output.prompt_logprobs[1:], strict=True)]
+
     def load_adapter(self, folder: Path) -> None:
         """Answers come from the base with this adapter on, from now on; the adapter before it is dropped.
 
@@ -218,8 +228,8 @@ class VLLMEngine:
         from vllm.sampling_params import RequestOutputKind
 
         check_call(prompts, n, max_new_tokens)
-        if max(map(len, prompts), default=0) + max_new_tokens > self._max_model_len:
-            raise ValueError(f"generate: prompt and max_new_tokens exceed max_model_len ({self._max_model_len})")
+        if max(map(len, prompts), default=0) + max_new_tokens > self.max_model_len:
+            raise ValueError(f"generate: prompt and max_new_tokens exceed max_model_len ({self.max_model_len})")
         greedy = temperature == 0
         own_seeds = self._on_cuda and not greedy
         params = [
@@ -286,6 +296,7 @@ def _start(settings: dict[str, Any]) -> Any:
     if current_platform.is_cpu():
         products = "erpo_core.generation.vllm_lora_cpu.PlainProducts"
         type(current_platform).get_punica_wrapper = classmethod(lambda cls: products)
+        _leave_transformers_alone()
     try:
         with _seeded(0), _own_device():  # vLLM seeds the global generators of its process
             return LLM(**settings)
@@ -293,6 +304,14 @@ def _start(settings: dict[str, Any]) -> Any:
         raise
     except (ValueError, RuntimeError) as error:
         raise RunError(f"vLLM does not start: {error}", code="engine_unavailable") from error
+
+
+def _leave_transformers_alone() -> None:
+    """Families that vLLM takes from transformers it would mark for compilation: their classes, and with them the models
+    of this process that are trained. Here nothing is compiled."""
+    from vllm.model_executor.models.transformers.base import Base
+
+    Base._decorate_cls_for_torch_compile = lambda self, *args, **kwargs: None
 
 
 @contextmanager

@@ -91,7 +91,7 @@ class VLLMServer:
 
         Raises:
             ValueError: as there, or a prompt leaves no room for its answer in the server's ``max_model_len``.
-            RunError: ``engine_unavailable``: the server does not answer, or refuses.
+            RunError: ``engine_unavailable``: the server does not answer, refuses, or cuts answers short.
         """
         check_call(prompts, n, max_new_tokens)
         if max(map(len, prompts), default=0) + max_new_tokens > self.max_model_len:
@@ -118,6 +118,7 @@ class VLLMServer:
         groups = []
         for answer in self._complete_all(bodies):
             group = _samples(answer, frozenset(stop_ids))
+            self._check_lengths(group, max_new_tokens)
             groups.append(group * (n // len(group)))
             self._tell(sum(len(sample.token_ids) for sample in groups[-1]), n)
         return groups
@@ -177,6 +178,15 @@ class VLLMServer:
         finally:
             for future in waiting:
                 future.cancel()
+
+    def _check_lengths(self, group: Sequence[Sample], max_new_tokens: int) -> None:
+        cut = [len(sample.token_ids) for sample in group if not sample.finished]
+        if min(cut, default=max_new_tokens) < max_new_tokens:
+            raise RunError(
+                f"the vLLM server at {self.base_url} cut an answer after {min(cut)} of {max_new_tokens} tokens: start "
+                "it without a `max_new_tokens` of its own (--override-generation-config)",
+                code="engine_unavailable",
+            )
 
     def _tell(self, tokens: int, answers: int) -> None:
         if self.watch is not None:

@@ -21,8 +21,10 @@ from erpo_core.trainer.scoring import pad_rollouts, score_rollouts
 from erpo_core.trainer.sharding import gathered, is_sharded, whole, whole_weights
 
 _PROBE = "A train leaves at 9:40 and arrives at 13:15. How long does it take? It takes 3 hours and 35 minutes.\n"
+_UNKNOWN_TO_VLLM = ("alpha_pattern", "lora_bias", "rank_pattern")
+"""Of PEFT's LoraConfig; vLLM reads an adapter that has them, and samples from another policy."""
 MOST_APART = 0.1
-"""Nats a token, on average, between server and policy: bfloat16 gives about a tenth of it."""
+"""Nats a token, on average, between vLLM and the policy: bfloat16 gives about a tenth of it."""
 
 
 class Sampler(Protocol):
@@ -48,12 +50,13 @@ def make_sampler(args: Any, policy: Any, tokenizer: Any, accelerator: Accelerato
         return TransformersSampler(tokenizer)
     _check_policy(policy)
     folder = Path(args.output_dir) / ".vllm-adapters"
+    probe = tokenizer(_PROBE)["input_ids"]
     if args.vllm_mode == "server":
         from erpo_core.generation.vllm_server import VLLMServer
 
         url = args.vllm_server_base_url or f"http://{args.vllm_server_host}:{args.vllm_server_port}"
         server = VLLMServer(url, logps=True, timeout=args.vllm_server_timeout)
-        return ServerSampler(server, folder, accelerator, tokenizer(_PROBE)["input_ids"])
+        return ServerSampler(server, folder, accelerator, probe)
     from erpo_core.generation.vllm import VLLMEngine
 
     dtype = torch.bfloat16 if args.bf16 else policy.dtype
@@ -66,7 +69,7 @@ def make_sampler(args: Any, policy: Any, tokenizer: Any, accelerator: Accelerato
         logps=True,
         gpu_memory_utilization=args.vllm_gpu_memory_utilization,
     )
-    return VLLMSampler(engine, dtype, folder / f"rank-{accelerator.process_index}")
+    return VLLMSampler(engine, dtype, folder / f"rank-{accelerator.process_index}", probe)
 
 
 class TransformersSampler:
@@ -111,21 +114,26 @@ class VLLMSampler:
     """Keeps a vLLM engine at the policy's adapter. The base weights never move: what the engine gets is the adapter.
 
     Each version goes through a folder of its own, and what the engine then holds is compared with the policy, tensor by
-    tensor: an engine that samples from another version ends the run.
+    tensor: an engine that samples from another version ends the run. The base it has loaded by its name: before the
+    first adapter, its log-probabilities of a fixed text are compared with those of the policy's base.
     """
 
-    def __init__(self, engine: Any, dtype: torch.dtype, folder: Path) -> None:
+    def __init__(self, engine: Any, dtype: torch.dtype, folder: Path, probe: list[int]) -> None:
         self.engine = engine
         self._dtype = dtype
         self._folders = VersionFolders(folder)
+        self._probe = probe[: engine.max_model_len - 1]
         self._sent: str | None = None
 
     def __call__(self, policy: Any) -> Engine:
         """The engine, at the policy's version.
 
         Raises:
-            RunError: ``stale_adapter``: the engine holds another adapter than the policy's; ``adapter_unsupported``.
+            RunError: ``stale_adapter``: the engine holds another adapter than the policy's, or another base;
+                ``adapter_unsupported``.
         """
+        if not self._folders.version:
+            self._check_base(policy)
         expected = policy_digest(policy, self._dtype)
         if expected != self._sent:
             with self._folders.next() as folder:
@@ -145,6 +153,18 @@ class VLLMSampler:
         self._sent = None
         self._folders.remove()
 
+    def _check_base(self, policy: Any) -> None:
+        with policy.disable_adapter():
+            ours = _logps(policy, self._probe)
+        apart = _apart(torch.tensor(self.engine.prompt_logps(self._probe)), ours)
+        if not apart <= MOST_APART:
+            raise RunError(
+                f"vLLM has loaded {policy.config._name_or_path}, and on a fixed text its log-probabilities are "
+                f"{apart:.2g} nats from those of the model that is trained, more than {MOST_APART}: weights that were "
+                "changed in memory (an adapter merged into them, say) must be saved, and the model loaded from there",
+                code="stale_adapter",
+            )
+
 
 class ServerSampler:
     """Keeps a vLLM server at the policy's adapter: the first rank sends it, all ranks sample.
@@ -157,7 +177,7 @@ class ServerSampler:
         self.engine = server
         self._accelerator = accelerator
         self._folders = VersionFolders(folder)
-        self._probe = probe
+        self._probe = probe[: server.max_model_len - 1]
         self._run = broadcast_object_list([uuid.uuid4().hex[:12]])[0]
         accelerator.wait_for_everyone()  # all have emptied the folder before the first one writes
         self._sent: str | None = None
@@ -204,8 +224,8 @@ class ServerSampler:
     def _check(self, policy: Any) -> None:
         if not self._others:
             with policy.disable_adapter():
-                self._others["the base model"] = self._logps(policy)
-        ours = self._logps(policy)
+                self._others["the base model"] = _logps(policy, self._probe)
+        ours = _logps(policy, self._probe)
         theirs = torch.tensor(self.engine.prompt_logps(self._probe))
         apart = _apart(theirs, ours)
         for name, other in self._others.items():
@@ -224,16 +244,6 @@ class ServerSampler:
                 code="stale_adapter",
             )
         self._others["the version before"] = ours
-
-    @torch.no_grad()
-    def _logps(self, policy: Any) -> Tensor:
-        """(len(probe) - 1,), at temperature 1, on the CPU."""
-        rollouts = pad_rollouts([self._probe[:1]], [self._probe[1:]], 0, policy.device)
-        training = policy.training
-        policy.eval()
-        found = score_rollouts(policy, rollouts, temperature=1.0).logps.cpu()
-        policy.train(training)
-        return found
 
 
 class VersionFolders:
@@ -279,6 +289,17 @@ def _pairs(policy: Any) -> Iterator[tuple[Tensor, Tensor, float]]:
             yield whole(down), whole(up), module.scaling["default"]
 
 
+@torch.no_grad()
+def _logps(policy: Any, ids: list[int]) -> Tensor:
+    """(len(ids) - 1,): what the policy says of a text at temperature 1, on the CPU."""
+    rollouts = pad_rollouts([ids[:1]], [ids[1:]], 0, policy.device)
+    training = policy.training
+    policy.eval()
+    found = score_rollouts(policy, rollouts, temperature=1.0).logps.cpu()
+    policy.train(training)
+    return found
+
+
 def _apart(one: Tensor, other: Tensor) -> float:
     return (one - other).abs().mean().item()
 
@@ -288,5 +309,9 @@ def _check_policy(policy: Any) -> None:
 
     if not isinstance(policy, PeftModel):
         raise ValueError("use_vllm: vLLM is sent LoRA adapters, not whole weights; give a peft_config")
+    config = policy.peft_config["default"]
+    for name in _UNKNOWN_TO_VLLM:
+        if getattr(config, name, None):
+            raise ValueError(f"use_vllm: vLLM would leave out the adapter's {name}; write a peft_config without it")
     if not policy.config._name_or_path:
         raise ValueError("use_vllm: vLLM loads the base by its name; load the model with from_pretrained")

@@ -9,7 +9,9 @@ from test_trainer import train
 from transformers import AutoModelForCausalLM
 
 from erpo_core.errors import RunError
-from erpo_core.trainer.sampling import ServerSampler, TransformersSampler
+from erpo_core.models import load_tokenizer
+from erpo_core.trainer.config import ERPOConfig
+from erpo_core.trainer.sampling import ServerSampler, TransformersSampler, make_sampler
 from tiny_model import make_tiny_model
 
 PROBE = [5, 6, 7, 8]
@@ -28,6 +30,8 @@ def policy(tiny):
 
 class Server:
     """Serves what it has read."""
+
+    max_model_len = 100
 
     def __init__(self, policy) -> None:
         self._policy = policy
@@ -68,6 +72,17 @@ def test_a_server_forgets_the_last_adapter_and_its_folder_goes(policy, tmp_path)
     server.is_gone = True
     sampler.close()
     assert not folder.exists()
+
+
+@pytest.mark.parametrize(
+    "more", [{"alpha_pattern": {"q_proj": 32}}, {"rank_pattern": {"q_proj": 2}}, {"lora_bias": True}]
+)
+def test_an_adapter_of_which_vllm_would_leave_out_something_is_refused(tiny, tmp_path, more):
+    model = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
+    policy = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "o_proj"], **more))
+    args = ERPOConfig(str(tmp_path), use_vllm=True, use_cpu=True)
+    with pytest.raises(ValueError, match=f"use_vllm.*{next(iter(more))}"):
+        make_sampler(args, policy, load_tokenizer(tiny), Accelerator(cpu=True))
 
 
 def test_a_training_gives_back_at_its_end_whatever_the_end_is(tiny, tmp_path, monkeypatch):

@@ -40,6 +40,14 @@ class Other(Plain):
         self._answer(200, {"hello": "world"})
 
 
+class Short(Plain):
+    """Has a limit of its own: four tokens."""
+
+    def do_POST(self):
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self._answer(200, {"choices": [{"index": 0, "token_ids": [5, 6, 7, 8], "logprobs": None}]})
+
+
 @pytest.fixture
 def serve():
     servers = []
@@ -78,4 +86,14 @@ def test_a_server_that_takes_no_adapters_says_how_to_start_it(serve, tmp_path):
         server.generate([[1, 2]], max_new_tokens=4, stop_ids=[])
     with pytest.raises(ValueError, match=r"max_model_len \(64\)"):
         server.generate([[1, 2]], max_new_tokens=63, stop_ids=[])
+    server.close()
+
+
+def test_answers_that_a_server_cuts_by_a_limit_of_its_own_are_refused(serve):
+    server = VLLMServer(serve(Short), timeout=60)
+    for call in ({"max_new_tokens": 4, "stop_ids": []}, {"max_new_tokens": 9, "stop_ids": [8]}):
+        assert len(server.generate([[1, 2]], **call)[0][0].token_ids) == 4
+    with pytest.raises(RunError, match="after 4 of 9 tokens") as caught:
+        server.generate([[1, 2]], max_new_tokens=9, stop_ids=[2])
+    assert caught.value.code == "engine_unavailable"
     server.close()

@@ -8,11 +8,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from peft import LoraConfig, get_peft_model
+from transformers import Olmo2Config, Olmo2ForCausalLM
 
 from erpo_core.errors import RunError
 from erpo_core.generation.vllm import VLLMEngine
 from erpo_core.job import JobInputs, ModelInput
 from erpo_core.launch import launcher
+from erpo_core.models import load_policy
 from erpo_core.records import Metrics, Resolved
 from erpo_core.specs import parse_spec
 from erpo_core.trainer.run import run_training
@@ -92,6 +95,20 @@ def test_the_engine_samples_from_the_policy_of_each_step(train, monkeypatch):
         assert values["grad_norm"] > 0
 
 
+def test_a_family_that_vllm_takes_from_transformers_is_trained(tiny, tmp_path):
+    shape = json.loads((tiny / "config.json").read_text())
+    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    sizes = {name: shape[name] for name in (*names, "num_key_value_heads", "eos_token_id", "pad_token_id")}
+    folder = tmp_path / "olmo2"
+    shutil.copytree(tiny, folder, ignore=shutil.ignore_patterns("*config.json", "*.safetensors"))
+    Olmo2ForCausalLM(Olmo2Config(**sizes, bos_token_id=None, max_position_embeddings=4096)).save_pretrained(folder)
+    shutil.copy(tiny / "tokenizer_config.json", folder)
+    records = run(folder, tmp_path)
+    steps = [record.values for record in records if isinstance(record, Metrics) and "reward" in record.values]
+    assert len(steps) == 2
+    assert all(values["sampling/logp_difference_max"] < 1e-3 for values in steps)
+
+
 def test_the_policy_is_evaluated_by_the_same_engine_and_training_is_as_without(train):
     evaluated = {"eval_every": 2, "eval_benchmarks": [SUMS], "eval_num_samples": 2}
     runs = {name: train(preflight=False, **more) for name, more in (("with", evaluated), ("without", {}))}
@@ -126,6 +143,18 @@ def test_a_step_on_the_adapter_of_the_step_before_is_refused(train, tmp_path, mo
 
     monkeypatch.setattr(VLLMEngine, "load_adapter", load_the_first)
     with pytest.raises(RunError, match="version 2") as caught:
+        train()
+    assert caught.value.code == "stale_adapter"
+
+
+def test_a_base_that_was_changed_in_memory_is_refused(train, monkeypatch):
+    def load_another(*args, **kwargs):
+        model, *rest = load_policy(*args, **kwargs)
+        merged = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
+        return merged.merge_and_unload(), *rest
+
+    monkeypatch.setattr("erpo_core.trainer.run.load_policy", load_another)
+    with pytest.raises(RunError, match="changed in memory") as caught:
         train()
     assert caught.value.code == "stale_adapter"
 
