@@ -275,9 +275,11 @@ class TokenCredit:
 
     def _measure_noise(self, policy, rollouts: Rollouts, logps: Tensor) -> None:
         self._noise_step = self.state.global_step
-        group = rollouts.part(0, rollouts.num_generations)
+        size, in_step = rollouts.num_generations, goes_in_step(policy)
+        if in_step:  # where ranks have unequal parts of groups, the smallest decides how often all of them score
+            size = min(ranks.gather_list(self.accelerator, [size]))
+        group = rollouts.part(0, size)
         count = int(group.mask.sum())
-        in_step = goes_in_step(policy)
         noise = measure_noise(lambda part: self._scores(policy, part).logps, group, logps[:count], in_step=in_step)
         found = self.args.progress_scale * ranks.mean_of(self.accelerator, noise)
         # Scores that are not finite tell nothing of rounding: the value before stays, the next step measures again.

@@ -41,7 +41,7 @@ class FixedAnswers(ERPOTrainer):
         found = []
         for row, ids in enumerate(prompt_ids):
             number = self.processing_class.decode(ids)
-            found.append(answer(ord(number[0]), (first + row) % G))
+            found.append(answer(ord(number[0]), (first + row) % self.num_generations))
         self._samples = [Sample(ids, True) for ids in found]
         return found, None
 
@@ -94,12 +94,14 @@ def policy(folder: str, tuning: str):
     return get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
 
 
-def trainer_of(kind: type[ERPOTrainer], model: str, prompts: list[str], *, tuning: str, judged="all", **settings):
+def trainer_of(
+    kind: type[ERPOTrainer], model: str, prompts: list[str], *, tuning: str, judged="all", num_generations=G, **settings
+):
     return kind(
         model=policy(model, tuning),
         reward_funcs=REWARDS[judged],
         args=ERPOConfig(
-            num_generations=G,
+            num_generations=num_generations,
             warmup_steps=0,
             weight_decay=0.0,
             max_completion_length=12,
@@ -129,8 +131,9 @@ def sampling_trainer(kind: type[ERPOTrainer], model: str, out: Path, *, tuning: 
     )
 
 
-def update(model: str, out: Path, layout: str, tuning: str = "lora", max_grad_norm: float = 1e9, **settings) -> None:
+def update(model: str, out: Path, layout: str, tuning: str = "lora", **settings) -> None:
     """Three steps of plain gradient descent."""
+    settings = {"max_grad_norm": 1e9, "progress_noise_floor": 1e-6} | settings
     per_device, accumulation, steps_per_generation, loss_type, entropy_stats = layout.split(",")
     trainer = trainer_of(
         FixedAnswers,
@@ -146,9 +149,7 @@ def update(model: str, out: Path, layout: str, tuning: str = "lora", max_grad_no
         max_steps=3,
         learning_rate={"lora": 1.0, "untied": 1.0, "full": 0.02, "warm": 0.05}[tuning],
         optim="sgd",
-        max_grad_norm=max_grad_norm,
         save_strategy="no",
-        progress_noise_floor=1e-6,
         shuffle_dataset=False,
         trace_every=2,
         trace_groups=PROMPTS,

@@ -55,6 +55,7 @@ def an_sft(name: str, lora: dict | None, bf16: bool = False, **hardware) -> dict
 TWO = {"num_gpus": 2}
 DEAD = {"judged": "every other prompt", "dynamic_sampling": True}
 CLIPPED = {"max_grad_norm": 0.5}
+SIX = {"num_generations": 6, "progress_noise_floor": "auto"}
 PARTED = {"deepspeed": {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}}
 """DeepSpeed leaves small parameters whole; all of the tiny model's are small."""
 CASES = {
@@ -71,6 +72,7 @@ CASES = {
         an_update("one group in two updates", "2,1,2,erpo,group"),
         an_update("dead groups", "4,1,1,erpo,group", **DEAD),
         an_update("dead groups of twelve", "12,1,1,erpo,group", **DEAD),
+        an_update("groups of six", "12,1,1,erpo,group", **SIX),
         an_update("micro-batches", "2,8,8,erpo,group"),
         an_sft("sft", LORA),
         an_sft("sft, every weight", None),
@@ -87,7 +89,10 @@ CASES = {
         {"name": "resume in the second epoch", "kind": "resume", "steps": 9, "at": 7},
         {"name": "leave", "kind": "leave"},
     ],
-    "three": [an_update("dead groups of twelve", "4,1,1,erpo,group", **DEAD)],
+    "three": [
+        an_update("dead groups of twelve", "4,1,1,erpo,group", **DEAD),
+        an_update("groups of six in unequal parts", "4,1,1,erpo,group", **SIX, **PARTED),
+    ],
     "fsdp2": [
         an_update("whole groups", "8,1,1,erpo,group"),
         an_update("groups over micro-batches", "2,4,4,erpo,group"),
@@ -208,12 +213,14 @@ def result(folder: Path) -> tuple[dict[str, torch.Tensor], list[dict], bool]:
         ("every weight", "zero3, parted", "every weight"),
         ("trained adapter", "zero3, parted", "trained adapter"),
         ("unjudged", "zero3, parted", "unjudged"),
+        ("groups of six", "three", "groups of six in unequal parts"),
     ],
 )
 def test_one_update_whatever_the_ranks_and_the_shards(launched, tiny, whole, strategy, split):
     weights, logs, _ = result(launched("one") / whole)
     found, again, sharded = result(launched(strategy) / split)
-    assert sharded == {"fsdp2": "FSDP2", "zero2": "ZeRO-2"}.get(strategy, "ZeRO-3" if "zero3" in strategy else None)
+    shards = {"fsdp2": "FSDP2", "zero2": "ZeRO-2", "zero3": "ZeRO-3", "zero3, parted": "ZeRO-3", "three": "ZeRO-3"}
+    assert sharded == shards.get(strategy)
     same_weights(weights, found)
     for one, two in zip(logs, again, strict=True):
         for name in METRICS:
