@@ -130,9 +130,12 @@ class ZeroOptimizer(torch.optim.Optimizer):
         if not state_dict["state"]:
             return
         scalars, names = _kinds_of_state(state_dict["state"])
+        # As torch's: a fused step counts on the device, where it would read a place that is none of its own.
+        on_device = any(group.get("fused") or group.get("capturable") for group in self.param_groups)
         for flat in _flat_parameters(self.zero):
             like = {name: torch.zeros_like(flat, requires_grad=False) for name in names}
-            self.state[flat] = {name: value.clone() for name, value in scalars.items()} | like
+            own = {name: value.to(flat.device if on_device else "cpu", copy=True) for name, value in scalars.items()}
+            self.state[flat] = own | like
         _link_state(self.zero)
         parameters = [parameter for group in self._parameters for parameter in group]
         for number, parameter in enumerate(parameters):
