@@ -11,6 +11,7 @@ from functools import wraps
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import torch
 from datasets import Dataset
@@ -20,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from erpo_core import ERPOConfig, ERPOTrainer
 from erpo_core.generation.base import Sample
 from erpo_core.job import LeftEarlyError
+from erpo_core.trainer import saving
 from erpo_core.trainer.sharding import is_sharded, whole
 from erpo_core.trainer.zero import engine_of
 from workers.child.ranks import end_rank
@@ -182,8 +184,13 @@ def resume(model: str, out: Path, tuning: str = "lora", steps: int = 6, at: int 
             **settings,
         )
         trainer.keeps_rollouts = True
-        trainer.train(resume_from_checkpoint=None if source is None else str(source))
+        with patch.object(saving, "whole_state", wraps=saving.whole_state) as states:
+            trainer.train(resume_from_checkpoint=None if source is None else str(source))
         report(trainer, out / name)
+        if states.called:
+            held = saving.whole_state(trainer.optimizer, **states.call_args.kwargs)["state"]
+            sizes = [value.numel() for values in held.values() for value in values.values() if value.ndim]
+            (out / name / f"held-{trainer.accelerator.process_index}.json").write_text(json.dumps(sum(sizes)))
         prompts = [[example["prompt"] for example in batch.examples] for batch in trainer.rollout_log]
         (out / name / f"prompts-{trainer.accelerator.process_index}.json").write_text(json.dumps(prompts))
 

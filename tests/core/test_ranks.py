@@ -359,6 +359,15 @@ def test_an_optimizer_is_saved_as_without_shards(launched, strategy):
         assert state["state"][number]["step"] == 3
 
 
+@pytest.mark.parametrize("strategy", ["fsdp2", "zero2", "zero3, parted"])
+def test_an_optimizer_is_whole_in_the_memory_of_the_process_that_saves_alone(launched, strategy):
+    folder = launched(strategy) / "resume" / "whole"
+    weights, _, _ = result(folder)
+    trained = sum(weight.numel() for name, weight in weights.items() if "lora_" in name)
+    held = [json.loads((folder / f"held-{rank}.json").read_text()) for rank in (0, 1)]
+    assert held == [2 * trained, 0]
+
+
 @pytest.mark.parametrize(
     ("case", "strategy"),
     [("sft", "ddp"), ("sft, every weight", "fsdp2"), ("sft, every weight", "zero2"), ("sft, every weight", "zero3")],
