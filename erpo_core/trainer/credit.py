@@ -224,11 +224,17 @@ class TokenCredit:
         advantages = signals.advantages
         if self.args.algorithm == "grpo":
             advantages = signals.group_advantages[:, None] * mask
-        # A token without advantage keeps its KL term and its place in the denominators, as in TRL.
-        advantages = advantages * top_entropy_mask(entropies.detach(), mask, self.args.top_entropy_quantile)
+        if self.args.top_entropy_quantile < 1:
+            # A token without advantage keeps its KL term and its place in the denominators, as in TRL.
+            advantages = advantages * self._top_entropies(entropies.detach(), mask)
         if self.args.advantage_clip is not None:
             advantages = advantages.clamp(-self.args.advantage_clip, self.args.advantage_clip)
         return advantages
+
+    def _top_entropies(self, entropies: Tensor, mask: Tensor) -> Tensor:
+        """(B, T) bool, of this rank's micro-batch and those that the others have at the same time. All must call it."""
+        whole = [ranks.gather_rows(self.accelerator, values) for values in (entropies, mask)]
+        return ranks.local_rows(self.accelerator, top_entropy_mask(*whole, self.args.top_entropy_quantile), mask)
 
     # --- dtype and dropout
 

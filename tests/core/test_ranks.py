@@ -55,6 +55,7 @@ def an_sft(name: str, lora: dict | None, bf16: bool = False, **hardware) -> dict
 TWO = {"num_gpus": 2}
 DEAD = {"judged": "every other prompt", "dynamic_sampling": True}
 CLIPPED = {"max_grad_norm": 0.5}
+FEW = {"top_entropy_quantile": 0.2}
 SIX = {"num_generations": 6, "progress_noise_floor": "auto"}
 PARTED = {"deepspeed": {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}}
 """DeepSpeed leaves small parameters whole; all of the tiny model's are small."""
@@ -69,6 +70,7 @@ CASES = {
         an_update("unjudged, every weight", "4,1,1,erpo,group", judged="half", tuning="full"),
         an_update("dead groups, no KL term", "16,1,1,erpo,group", judged="every other prompt", beta=0.0),
         an_update("clipped", "16,1,1,erpo,group", **CLIPPED),
+        an_update("few tokens", "16,1,1,erpo,group", **FEW),
         an_update("one group", "4,1,1,erpo,group"),
         an_update("one group in two updates", "2,1,2,erpo,group"),
         an_update("dead groups", "4,1,1,erpo,group", **DEAD),
@@ -82,6 +84,7 @@ CASES = {
         an_update("whole groups", "8,1,1,erpo,group"),
         an_update("micro-batches, ema", "4,2,2,erpo,ema"),
         an_update("groups over micro-batches", "2,4,4,erpo,group"),
+        an_update("few tokens", "8,1,1,erpo,group", **FEW),
         an_update("a group over the ranks", "2,1,1,erpo,group"),
         an_update("one group in two updates", "1,1,2,erpo,group"),
         an_update("dead groups", "2,1,1,erpo,group", **DEAD),
@@ -198,6 +201,7 @@ def result(folder: Path) -> tuple[dict[str, torch.Tensor], list[dict], bool]:
         ("adapter", "ddp", "whole groups"),
         ("adapter, ema", "ddp", "micro-batches, ema"),
         ("adapter", "ddp", "groups over micro-batches"),
+        ("few tokens", "ddp", "few tokens"),
         ("adapter", "one", "micro-batches"),
         ("adapter", "fsdp2", "whole groups"),
         ("adapter", "fsdp2", "groups over micro-batches"),
