@@ -67,7 +67,8 @@ def _sums_by(keys: Tensor, values: Tensor) -> Tensor:
 def top_entropy_mask(entropies: Tensor, mask: Tensor, share: float) -> Tensor:
     """(B, T) bool: the active tokens whose entropy is at or above the (1 - share) quantile of all active ones.
 
-    As TRL's ``top_entropy_quantile`` (arXiv 2506.01939): over a micro-batch, so it depends on what shares one.
+    As TRL's ``top_entropy_quantile`` (arXiv 2506.01939): over a micro-batch, that of all ranks, so it depends on what
+    shares one.
     """
     active_BT = mask.bool()
     if share >= 1 or not active_BT.any():

@@ -213,7 +213,8 @@ class GrpoTrainSpec(BaseTrainSpec):
         1.0,
         gt=0,
         le=1,
-        description="Share of a micro-batch's tokens, those of highest entropy, that carry policy loss.",
+        description="Share of a micro-batch's tokens, all devices together, that carry policy loss: those of highest "
+        "entropy.",
     )
     advantage_clip: float | None = Field(None, gt=0, description="Bound on |advantage|; off by default.")
 

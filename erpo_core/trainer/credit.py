@@ -224,11 +224,17 @@ class TokenCredit:
         advantages = signals.advantages
         if self.args.algorithm == "grpo":
             advantages = signals.group_advantages[:, None] * mask
-        # A token without advantage keeps its KL term and its place in the denominators, as in TRL.
-        advantages = advantages * top_entropy_mask(entropies.detach(), mask, self.args.top_entropy_quantile)
+        if self.args.top_entropy_quantile < 1:
+            # A token without advantage keeps its KL term and its place in the denominators, as in TRL.
+            advantages = advantages * self._top_entropies(entropies.detach(), mask)
         if self.args.advantage_clip is not None:
             advantages = advantages.clamp(-self.args.advantage_clip, self.args.advantage_clip)
         return advantages
+
+    def _top_entropies(self, entropies: Tensor, mask: Tensor) -> Tensor:
+        """(B, T) bool, of this rank's micro-batch and those that the others have at the same time. All must call it."""
+        whole = [ranks.gather_rows(self.accelerator, values) for values in (entropies, mask)]
+        return ranks.local_rows(self.accelerator, top_entropy_mask(*whole, self.args.top_entropy_quantile), mask)
 
     # --- dtype and dropout
 
@@ -275,9 +281,11 @@ class TokenCredit:
 
     def _measure_noise(self, policy, rollouts: Rollouts, logps: Tensor) -> None:
         self._noise_step = self.state.global_step
-        group = rollouts.part(0, rollouts.num_generations)
+        size, in_step = rollouts.num_generations, goes_in_step(policy)
+        if in_step:  # where ranks have unequal parts of groups, the smallest decides how often all of them score
+            size = min(ranks.gather_list(self.accelerator, [size]))
+        group = rollouts.part(0, size)
         count = int(group.mask.sum())
-        in_step = goes_in_step(policy)
         noise = measure_noise(lambda part: self._scores(policy, part).logps, group, logps[:count], in_step=in_step)
         found = self.args.progress_scale * ranks.mean_of(self.accelerator, noise)
         # Scores that are not finite tell nothing of rounding: the value before stays, the next step measures again.

@@ -18,9 +18,10 @@ def measure_noise(
 
     Args:
         score: Log-probabilities (N,) of the active tokens of some responses.
-        group: One prompt's responses.
+        group: Responses to one prompt.
         logps: (N,), theirs, scored as the training step scores them; 0 where there are none.
-        in_step: Call ``score`` as often whatever is found: ranks that share their weights must call it together.
+        in_step: Call ``score`` as often whatever is found: ranks that share their weights must call it together, each
+            for as many responses.
     """
     size = group.num_generations
     found = 0.0

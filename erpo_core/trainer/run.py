@@ -5,6 +5,7 @@ import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import fields
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,9 @@ ERPO_ONLY = tuple(sorted(set(ErpoTrainSpec.model_fields) - set(GrpoTrainSpec.mod
 """Fields of the algorithm ERPO alone; they pass through as well."""
 MOST_CHECKERS = 4
 """Processes that check answers: each holds 55 MB, and starts only where the others are busy."""
+_PATIENCE = timedelta(days=1)
+"""That processes have with each other: all wait while the first one fetches a model or writes a checkpoint, and
+torch's ten minutes are too few for large ones. A process that fails or is gone ends the job without them."""
 
 
 @leaves_early
@@ -190,7 +194,7 @@ def first_process_first() -> AbstractContextManager[None]:
     on_gpu = torch.cuda.is_available()
     if on_gpu and "LOCAL_RANK" in os.environ:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    return PartialState(cpu=not on_gpu).main_process_first()
+    return PartialState(cpu=not on_gpu, timeout=_PATIENCE).main_process_first()
 
 
 def wants_bf16(spec: BaseTrainSpec) -> bool:

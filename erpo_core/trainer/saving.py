@@ -134,7 +134,7 @@ class WholeCheckpoints:
         if not goes_in_step(self.model):
             super()._save_optimizer_and_scheduler(output_dir)
             return
-        state = whole_state(self.optimizer.state_dict())
+        state = whole_state(self.optimizer, keep=self.args.should_save)
         if self.args.should_save:
             torch.save(state, Path(output_dir) / OPTIMIZER_NAME)
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)

@@ -204,7 +204,7 @@ def _score_head(
         ref_bias=None if reference is None else reference.bias,
         tile_elements=_CUDA_TILE_ELEMENTS if hidden_NH.is_cuda else None,
     )
-    if not trained or not len(targets_N):
+    if not trained:
         return scores
     # A trained head needs a gradient of its own, which the cached score vector does not give.
     logps = [

@@ -157,9 +157,12 @@ def whole_weights(model: Any, *, keep: bool) -> dict[str, Tensor]:
     return found
 
 
-def whole_state(state: Any) -> Any:
-    """An optimizer's state with whole tensors, on the CPU. All ranks must call it."""
-    return tree_map_only(Tensor, lambda tensor: whole(tensor).cpu(), state)
+def whole_state(optimizer: Any, *, keep: bool) -> dict[str, Any]:
+    """An optimizer's state with whole tensors, on the CPU. All ranks must call it; where ``keep`` is false its tensors
+    are empty."""
+    if isinstance(optimizer, zero.ZeroOptimizer):
+        return optimizer.state_dict(keep=keep)
+    return tree_map_only(Tensor, lambda tensor: zero.on_cpu(whole(tensor), keep), optimizer.state_dict())
 
 
 def load_whole_state(model: Any, optimizer: Any, state: dict[str, Any]) -> None:

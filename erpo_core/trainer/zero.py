@@ -106,8 +106,9 @@ class ZeroOptimizer(torch.optim.Optimizer):
         """As torch's."""
         self.zero.zero_grad(set_to_none=set_to_none)
 
-    def state_dict(self) -> dict[str, Any]:
-        """torch's, of whole parameters. All ranks must call it."""
+    def state_dict(self, *, keep: bool = True) -> dict[str, Any]:
+        """torch's, of whole parameters, on the CPU. All ranks must call it; where ``keep`` is false the tensors of the
+        state are empty."""
         from deepspeed.utils import safe_get_full_optimizer_state
 
         _link_state(self.zero)
@@ -117,9 +118,9 @@ class ZeroOptimizer(torch.optim.Optimizer):
             numbers = range(index, index + len(parameters))
             groups.append({name: value for name, value in group.items() if name != "params"} | {"params": [*numbers]})
             for number, parameter in zip(numbers, parameters, strict=True):
-                found = {name: safe_get_full_optimizer_state(parameter, name).cpu() for name in names}
+                found = {name: on_cpu(safe_get_full_optimizer_state(parameter, name), keep) for name in names}
                 if scalars or found:
-                    state[number] = scalars | found
+                    state[number] = {name: value.cpu() for name, value in scalars.items()} | found
             index += len(parameters)
         return {"state": state, "param_groups": groups}
 
@@ -130,9 +131,12 @@ class ZeroOptimizer(torch.optim.Optimizer):
         if not state_dict["state"]:
             return
         scalars, names = _kinds_of_state(state_dict["state"])
+        # As torch's: a fused step counts on the device, where it would read a place that is none of its own.
+        on_device = any(group.get("fused") or group.get("capturable") for group in self.param_groups)
         for flat in _flat_parameters(self.zero):
             like = {name: torch.zeros_like(flat, requires_grad=False) for name in names}
-            self.state[flat] = {name: value.clone() for name, value in scalars.items()} | like
+            own = {name: value.to(flat.device if on_device else "cpu", copy=True) for name, value in scalars.items()}
+            self.state[flat] = own | like
         _link_state(self.zero)
         parameters = [parameter for group in self._parameters for parameter in group]
         for number, parameter in enumerate(parameters):
@@ -211,6 +215,11 @@ def whole(parameter: Tensor) -> Tensor:
 
     with deepspeed.zero.GatheredParameters([parameter]):
         return parameter.detach().clone()
+
+
+def on_cpu(tensor: Tensor, keep: bool) -> Tensor:
+    """The tensor, or an empty one: of what is whole on every rank for a moment, one alone keeps it all."""
+    return tensor.cpu() if keep else tensor.new_empty(0, device="cpu")
 
 
 def sum_gradients(engine: Any) -> None:

@@ -11,6 +11,7 @@ from functools import wraps
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import torch
 from datasets import Dataset
@@ -20,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from erpo_core import ERPOConfig, ERPOTrainer
 from erpo_core.generation.base import Sample
 from erpo_core.job import LeftEarlyError
+from erpo_core.trainer import saving
 from erpo_core.trainer.sharding import is_sharded, whole
 from erpo_core.trainer.zero import engine_of
 from workers.child.ranks import end_rank
@@ -41,7 +43,7 @@ class FixedAnswers(ERPOTrainer):
         found = []
         for row, ids in enumerate(prompt_ids):
             number = self.processing_class.decode(ids)
-            found.append(answer(ord(number[0]), (first + row) % G))
+            found.append(answer(ord(number[0]), (first + row) % self.num_generations))
         self._samples = [Sample(ids, True) for ids in found]
         return found, None
 
@@ -94,12 +96,14 @@ def policy(folder: str, tuning: str):
     return get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
 
 
-def trainer_of(kind: type[ERPOTrainer], model: str, prompts: list[str], *, tuning: str, judged="all", **settings):
+def trainer_of(
+    kind: type[ERPOTrainer], model: str, prompts: list[str], *, tuning: str, judged="all", num_generations=G, **settings
+):
     return kind(
         model=policy(model, tuning),
         reward_funcs=REWARDS[judged],
         args=ERPOConfig(
-            num_generations=G,
+            num_generations=num_generations,
             warmup_steps=0,
             weight_decay=0.0,
             max_completion_length=12,
@@ -129,8 +133,9 @@ def sampling_trainer(kind: type[ERPOTrainer], model: str, out: Path, *, tuning: 
     )
 
 
-def update(model: str, out: Path, layout: str, tuning: str = "lora", max_grad_norm: float = 1e9, **settings) -> None:
+def update(model: str, out: Path, layout: str, tuning: str = "lora", **settings) -> None:
     """Three steps of plain gradient descent."""
+    settings = {"max_grad_norm": 1e9, "progress_noise_floor": 1e-6} | settings
     per_device, accumulation, steps_per_generation, loss_type, entropy_stats = layout.split(",")
     trainer = trainer_of(
         FixedAnswers,
@@ -146,9 +151,7 @@ def update(model: str, out: Path, layout: str, tuning: str = "lora", max_grad_no
         max_steps=3,
         learning_rate={"lora": 1.0, "untied": 1.0, "full": 0.02, "warm": 0.05}[tuning],
         optim="sgd",
-        max_grad_norm=max_grad_norm,
         save_strategy="no",
-        progress_noise_floor=1e-6,
         shuffle_dataset=False,
         trace_every=2,
         trace_groups=PROMPTS,
@@ -181,8 +184,13 @@ def resume(model: str, out: Path, tuning: str = "lora", steps: int = 6, at: int 
             **settings,
         )
         trainer.keeps_rollouts = True
-        trainer.train(resume_from_checkpoint=None if source is None else str(source))
+        with patch.object(saving, "whole_state", wraps=saving.whole_state) as states:
+            trainer.train(resume_from_checkpoint=None if source is None else str(source))
         report(trainer, out / name)
+        if states.called:
+            held = saving.whole_state(trainer.optimizer, **states.call_args.kwargs)["state"]
+            sizes = [value.numel() for values in held.values() for value in values.values() if value.ndim]
+            (out / name / f"held-{trainer.accelerator.process_index}.json").write_text(json.dumps(sum(sizes)))
         prompts = [[example["prompt"] for example in batch.examples] for batch in trainer.rollout_log]
         (out / name / f"prompts-{trainer.accelerator.process_index}.json").write_text(json.dumps(prompts))
 

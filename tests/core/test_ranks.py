@@ -55,6 +55,8 @@ def an_sft(name: str, lora: dict | None, bf16: bool = False, **hardware) -> dict
 TWO = {"num_gpus": 2}
 DEAD = {"judged": "every other prompt", "dynamic_sampling": True}
 CLIPPED = {"max_grad_norm": 0.5}
+FEW = {"top_entropy_quantile": 0.2}
+SIX = {"num_generations": 6, "progress_noise_floor": "auto"}
 PARTED = {"deepspeed": {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}}
 """DeepSpeed leaves small parameters whole; all of the tiny model's are small."""
 CASES = {
@@ -65,12 +67,15 @@ CASES = {
         an_update("trained adapter", "16,1,1,erpo,ema", tuning="warm"),
         an_update("untied head", "16,1,1,erpo,group", tuning="untied"),
         an_update("unjudged", "4,1,1,erpo,group", judged="half"),
+        an_update("unjudged, every weight", "4,1,1,erpo,group", judged="half", tuning="full"),
         an_update("dead groups, no KL term", "16,1,1,erpo,group", judged="every other prompt", beta=0.0),
         an_update("clipped", "16,1,1,erpo,group", **CLIPPED),
+        an_update("few tokens", "16,1,1,erpo,group", **FEW),
         an_update("one group", "4,1,1,erpo,group"),
         an_update("one group in two updates", "2,1,2,erpo,group"),
         an_update("dead groups", "4,1,1,erpo,group", **DEAD),
         an_update("dead groups of twelve", "12,1,1,erpo,group", **DEAD),
+        an_update("groups of six", "12,1,1,erpo,group", **SIX),
         an_update("micro-batches", "2,8,8,erpo,group"),
         an_sft("sft", LORA),
         an_sft("sft, every weight", None),
@@ -79,6 +84,7 @@ CASES = {
         an_update("whole groups", "8,1,1,erpo,group"),
         an_update("micro-batches, ema", "4,2,2,erpo,ema"),
         an_update("groups over micro-batches", "2,4,4,erpo,group"),
+        an_update("few tokens", "8,1,1,erpo,group", **FEW),
         an_update("a group over the ranks", "2,1,1,erpo,group"),
         an_update("one group in two updates", "1,1,2,erpo,group"),
         an_update("dead groups", "2,1,1,erpo,group", **DEAD),
@@ -87,13 +93,17 @@ CASES = {
         {"name": "resume in the second epoch", "kind": "resume", "steps": 9, "at": 7},
         {"name": "leave", "kind": "leave"},
     ],
-    "three": [an_update("dead groups of twelve", "4,1,1,erpo,group", **DEAD)],
+    "three": [
+        an_update("dead groups of twelve", "4,1,1,erpo,group", **DEAD),
+        an_update("groups of six in unequal parts", "4,1,1,erpo,group", **SIX, **PARTED),
+    ],
     "fsdp2": [
         an_update("whole groups", "8,1,1,erpo,group"),
         an_update("groups over micro-batches", "2,4,4,erpo,group"),
         an_update("every weight", "4,2,2,erpo,group", tuning="full", gradient_checkpointing=True),
         an_update("trained adapter", "4,2,2,erpo,ema", tuning="warm"),
         an_update("unjudged", "2,1,1,erpo,group", judged="half"),
+        an_update("unjudged, every weight", "2,1,1,erpo,group", judged="half", tuning="full"),
         an_update("dead groups, no KL term", "8,1,1,erpo,group", judged="every other prompt", beta=0.0),
         {"name": "resume", "kind": "resume"},
         an_update("untied head", "4,2,2,erpo,group", tuning="untied"),
@@ -108,6 +118,7 @@ CASES = {
         an_update("every weight", "4,2,2,erpo,group", tuning="full", gradient_checkpointing=True),
         an_update("trained adapter", "4,2,2,erpo,ema", tuning="warm"),
         an_update("unjudged", "2,1,1,erpo,group", judged="half"),
+        an_update("unjudged, every weight", "2,1,1,erpo,group", judged="half", tuning="full"),
         an_update("dead groups, no KL term", "8,1,1,erpo,group", judged="every other prompt", beta=0.0),
         {"name": "resume", "kind": "resume"},
         {"name": "resume, trained adapter", "kind": "resume", "tuning": "warm"},
@@ -124,6 +135,7 @@ CASES = {
         an_update("every weight", "4,2,2,erpo,group", tuning="full", gradient_checkpointing=True, **PARTED),
         an_update("trained adapter", "4,2,2,erpo,ema", tuning="warm", **PARTED),
         an_update("unjudged", "2,1,1,erpo,group", judged="half", **PARTED),
+        an_update("unjudged, every weight", "2,1,1,erpo,group", judged="half", tuning="full", **PARTED),
         {"name": "resume", "kind": "resume", **PARTED},
         {"name": "resume, every weight", "kind": "resume", "tuning": "full", **PARTED},
         {"name": "resume, trained adapter", "kind": "resume", "tuning": "warm", **PARTED},
@@ -189,6 +201,7 @@ def result(folder: Path) -> tuple[dict[str, torch.Tensor], list[dict], bool]:
         ("adapter", "ddp", "whole groups"),
         ("adapter, ema", "ddp", "micro-batches, ema"),
         ("adapter", "ddp", "groups over micro-batches"),
+        ("few tokens", "ddp", "few tokens"),
         ("adapter", "one", "micro-batches"),
         ("adapter", "fsdp2", "whole groups"),
         ("adapter", "fsdp2", "groups over micro-batches"),
@@ -196,24 +209,29 @@ def result(folder: Path) -> tuple[dict[str, torch.Tensor], list[dict], bool]:
         ("trained adapter", "fsdp2", "trained adapter"),
         ("untied head", "fsdp2", "untied head"),
         ("unjudged", "fsdp2", "unjudged"),
+        ("unjudged, every weight", "fsdp2", "unjudged, every weight"),
         ("dead groups, no KL term", "fsdp2", "dead groups, no KL term"),
         ("adapter", "zero2", "whole groups"),
         ("clipped", "zero2", "clipped"),
         ("every weight", "zero2", "every weight"),
         ("trained adapter", "zero2", "trained adapter"),
         ("unjudged", "zero2", "unjudged"),
+        ("unjudged, every weight", "zero2", "unjudged, every weight"),
         ("dead groups, no KL term", "zero2", "dead groups, no KL term"),
         ("adapter", "zero3", "whole groups, the small weights whole"),
         ("clipped", "zero3, parted", "clipped"),
         ("every weight", "zero3, parted", "every weight"),
         ("trained adapter", "zero3, parted", "trained adapter"),
         ("unjudged", "zero3, parted", "unjudged"),
+        ("unjudged, every weight", "zero3, parted", "unjudged, every weight"),
+        ("groups of six", "three", "groups of six in unequal parts"),
     ],
 )
 def test_one_update_whatever_the_ranks_and_the_shards(launched, tiny, whole, strategy, split):
     weights, logs, _ = result(launched("one") / whole)
     found, again, sharded = result(launched(strategy) / split)
-    assert sharded == {"fsdp2": "FSDP2", "zero2": "ZeRO-2"}.get(strategy, "ZeRO-3" if "zero3" in strategy else None)
+    shards = {"fsdp2": "FSDP2", "zero2": "ZeRO-2", "zero3": "ZeRO-3", "zero3, parted": "ZeRO-3", "three": "ZeRO-3"}
+    assert sharded == shards.get(strategy)
     same_weights(weights, found)
     for one, two in zip(logs, again, strict=True):
         for name in METRICS:
@@ -350,6 +368,15 @@ def test_an_optimizer_is_saved_as_without_shards(launched, strategy):
     for number, weight in zip(numbers, trained, strict=True):
         assert state["state"][number]["exp_avg"].shape == weight.shape
         assert state["state"][number]["step"] == 3
+
+
+@pytest.mark.parametrize("strategy", ["fsdp2", "zero2", "zero3, parted"])
+def test_an_optimizer_is_whole_in_the_memory_of_the_process_that_saves_alone(launched, strategy):
+    folder = launched(strategy) / "resume" / "whole"
+    weights, _, _ = result(folder)
+    trained = sum(weight.numel() for name, weight in weights.items() if "lora_" in name)
+    held = [json.loads((folder / f"held-{rank}.json").read_text()) for rank in (0, 1)]
+    assert held == [2 * trained, 0]
 
 
 @pytest.mark.parametrize(

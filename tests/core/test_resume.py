@@ -3,6 +3,7 @@
 import json
 import random
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from erpo_core.trainer.callbacks import RecordCallback
 from erpo_core.trainer.randomness import RandomState
 from erpo_core.trainer.rollouts import SampledAnswers
 from erpo_core.trainer.state import FILE_NAME, RunState
+from erpo_core.trainer.zero import ZeroOptimizer
 from tiny_model import make_tiny_model
 
 
@@ -205,3 +207,17 @@ def test_random_states_are_gone_back_to_for_a_while():
 def test_a_checkpoint_of_another_version_is_read_as_far_as_it_is_known(tmp_path):
     (tmp_path / FILE_NAME).write_text(json.dumps({"skipped_steps": 3, "a_name_of_old": 1}))
     assert RunState.load(tmp_path) == RunState(skipped_steps=3)
+
+
+@pytest.mark.parametrize(("fused", "place"), [(True, "meta"), (False, "cpu")])
+def test_a_fused_optimizer_under_zero_counts_its_steps_on_the_device(fused, place):
+    """As torch's own does when it is loaded: a kernel on a GPU cannot read a count in the CPU's memory."""
+    flat = torch.empty(4, device="meta")
+    deepspeeds = SimpleNamespace(
+        optimizer=SimpleNamespace(param_groups=[], state={}), fp32_partitioned_groups_flat=[flat]
+    )
+    optimizer = ZeroOptimizer(deepspeeds, [{"params": [], "fused": fused}])
+    state = {"step": torch.tensor(3.0), "exp_avg": torch.zeros(4)}
+    optimizer.load_state_dict({"state": {0: state}, "param_groups": [{}]})
+    assert optimizer.state[flat]["step"].device.type == place
+    assert optimizer.state[flat]["exp_avg"].device.type == "meta"

@@ -2,6 +2,8 @@
 
 import json
 import time
+from contextlib import nullcontext
+from datetime import timedelta
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from erpo_core import ERPOConfig, ERPOTrainer
 from erpo_core.errors import DatasetError, RunError
+from erpo_core.trainer.run import first_process_first
 from erpo_core.trainer.scoring import score_rollouts
 from tiny_model import make_tiny_model
 
@@ -377,3 +380,20 @@ def test_trls_evaluation_is_refused_with_the_mend_and_disturbs_nothing(tiny, tmp
     trainer.train()
     assert refused == [method, method]
     assert ["reward" in entry for entry in trainer.state.log_history if "loss" in entry] == [True, True]
+
+
+def test_processes_wait_for_one_that_fetches_or_saves_what_is_large(monkeypatch):
+    """torch's own patience is ten minutes on GPUs."""
+    made = []
+
+    class State:
+        def __init__(self, **given):
+            made.append(given)
+
+        def main_process_first(self):
+            return nullcontext()
+
+    monkeypatch.setattr("accelerate.PartialState", State)
+    with first_process_first():
+        pass
+    assert made[0]["timeout"] >= timedelta(hours=12)
