@@ -70,14 +70,8 @@ class ERPOTrainer(ShardedWeights, ZeroParts, WholeCheckpoints, SampledAnswers, T
             raise ValueError("peft_config: lora_dropout does nothing, scoring is without dropout; write 0")
         check_adapters(model, kwargs.get("peft_config"))
         self.keeps_rollouts = self.keeps_traces = False
-        self.traces: list[TraceGroup] = []
-        self.rollout_log: list[MicroBatch] = []
         self.run_state = RunState()
-        self._seconds: defaultdict[str, float] = defaultdict(float)
-        self._totals = Totals()
-        self._applied: list[tuple[Tensor, Tensor, Tensor]] = []
-        self._entropy_sums = [0.0, 0.0, 0.0]
-        self._noise_step = self._scored_step = -1
+        self._forget_steps()
         # TRL would load a reference by the model's name, or none at all where beta is 0; ERPO always needs its own.
         # Its vLLM merges the adapter into the base, which is our reference.
         kept = {"loss_type": args.loss_type, "beta": args.beta, "use_vllm": args.use_vllm}
@@ -99,6 +93,24 @@ class ERPOTrainer(ShardedWeights, ZeroParts, WholeCheckpoints, SampledAnswers, T
         self.add_callback(self._guard)
         self.add_callback(SaveAtBoundaries())
         self.add_callback(RotateCheckpoints(self))
+
+    def train(self, *args, **kwargs):
+        """As transformers' Trainer. An interrupted training of this trainer has left nothing of its step: answers that
+        were not used up are another policy's."""
+        self._forget_steps()
+        self._pending_metrics.clear()
+        self._pending_extra_logs.clear()
+        return super().train(*args, **kwargs)
+
+    def _forget_steps(self) -> None:
+        self.traces: list[TraceGroup] = []
+        self.rollout_log: list[MicroBatch] = []
+        self._step, self._buffered_inputs, self._resample_round = 0, None, 0
+        self._seconds: defaultdict[str, float] = defaultdict(float)
+        self._totals = Totals()
+        self._applied: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._entropy_sums = [0.0, 0.0, 0.0]
+        self._noise_step = self._scored_step = -1
 
     @property
     def _policy(self):
