@@ -33,7 +33,7 @@ def even_ids(completion_ids, **_):
     return [float(ids[0] % 2 == 0) for ids in completion_ids]
 
 
-def make_trainer(tiny, folder, *, reward=even_ids, model=None, peft=True, **changes) -> ERPOTrainer:
+def make_trainer(tiny, folder, *, reward=even_ids, model=None, peft=True, callbacks=None, **changes) -> ERPOTrainer:
     values = {
         "num_generations": 4,
         "per_device_train_batch_size": 8,
@@ -56,6 +56,7 @@ def make_trainer(tiny, folder, *, reward=even_ids, model=None, peft=True, **chan
         train_dataset=Dataset.from_dict({"prompt": [f"{a}+{a}=" for a in range(16)]}),
         processing_class=AutoTokenizer.from_pretrained(tiny),
         peft_config=LoraConfig(r=4, target_modules="all-linear") if peft is True else peft or None,
+        callbacks=callbacks,
     )
 
 
@@ -96,6 +97,19 @@ def test_checkpoints_are_cut_between_generations_and_rotated(tiny, tmp_path):
     left = {path.name for path in (tmp_path / "checkpoints").iterdir() if path.is_dir()}
     assert "checkpoint-6" in left
     assert len(left) <= 2, "the last, and the best"
+
+
+def test_who_asks_once_to_stop_within_a_generation_is_heard_at_its_end(tiny, tmp_path):
+    class StopAtThree(TrainerCallback):
+        def on_step_end(self, args, state, control, **_):
+            if state.global_step == 3:
+                control.should_training_stop = True
+
+    trainer = make_trainer(tiny, tmp_path, num_iterations=2, max_steps=8, callbacks=[StopAtThree()])
+    trainer.train()
+    assert trainer.state.global_step == 4
+    trainer.train()
+    assert trainer.state.global_step == 4, "the wish before is no wish of this training"
 
 
 def test_every_weight_can_be_trained(tiny, tmp_path):
