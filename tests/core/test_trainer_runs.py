@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from erpo_core import ERPOConfig, ERPOTrainer
+from erpo_core.checkpoints import is_whole
 from erpo_core.errors import DatasetError, RunError
 from erpo_core.trainer.scoring import score_rollouts
 from tiny_model import make_tiny_model
@@ -110,6 +111,32 @@ def test_who_asks_once_to_stop_within_a_generation_is_heard_at_its_end(tiny, tmp
     assert trainer.state.global_step == 4
     trainer.train()
     assert trainer.state.global_step == 4, "the wish before is no wish of this training"
+
+
+class Hub:
+    """Remembers what is to be uploaded."""
+
+    def __init__(self) -> None:
+        self.folders = []
+
+    def create_repo(self, *args, **_):
+        return SimpleNamespace(repo_id="me/tiny")
+
+    def upload_folder(self, *, folder_path, path_in_repo=None, **_):
+        self.folders.append((path_in_repo, folder_path))
+        return SimpleNamespace(done=lambda: True)
+
+
+def test_a_checkpoint_is_pushed_to_a_hub_under_its_name(tiny, tmp_path, monkeypatch):
+    hub = Hub()
+    monkeypatch.setattr("transformers.trainer.hf_api", lambda *_: hub)
+    pushed = {"push_to_hub": True, "hub_model_id": "me/tiny", "hub_strategy": "checkpoint"}
+    make_trainer(tiny, tmp_path, save_strategy="steps", save_steps=1, **pushed).train()
+    whole = [(None, str(tmp_path)), ("last-checkpoint", str(tmp_path / "checkpoint-2"))]
+    assert hub.folders == [(None, str(tmp_path)), ("last-checkpoint", str(tmp_path / "checkpoint-1")), *whole]
+    assert is_whole(tmp_path / "checkpoint-2")
+    assert not (tmp_path / ".saving").exists()
+    assert (tmp_path / "adapter_model.safetensors").is_file(), "transformers copies it out of the checkpoint"
 
 
 def test_every_weight_can_be_trained(tiny, tmp_path):
