@@ -10,9 +10,11 @@ from collections import defaultdict
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import fields
 from inspect import Signature, signature
+from typing import Any
 
 import torch
 from accelerate import DistributedType
+from datasets import IterableDataset
 from torch import Tensor
 from trl import GRPOTrainer
 
@@ -60,14 +62,7 @@ class ERPOTrainer(ShardedWeights, ZeroParts, WholeCheckpoints, SampledAnswers, T
             args = ERPOConfig("erpo-output")
         if not isinstance(args, ERPOConfig):
             raise ValueError(f"args: an ERPOConfig is needed, not {type(args).__name__}")
-        for name in ("tools", "rollout_func", "environment_factory", "eval_dataset"):
-            if kwargs.get(name) is not None:
-                raise ValueError(f"{name}: not supported by ERPOTrainer; leave it out")
-        for name in ("image", "images"):
-            if name in (getattr(kwargs.get("train_dataset"), "column_names", None) or ()):
-                raise ValueError(f"train_dataset: column {name!r}: ERPOTrainer trains models of text; remove it")
-        if getattr(kwargs.get("peft_config"), "lora_dropout", 0):
-            raise ValueError("peft_config: lora_dropout does nothing, scoring is without dropout; write 0")
+        _check_arguments(args, kwargs)
         check_adapters(model, kwargs.get("peft_config"))
         self.keeps_rollouts = self.keeps_traces = False
         self.run_state = RunState()
@@ -313,3 +308,17 @@ class ERPOTrainer(ShardedWeights, ZeroParts, WholeCheckpoints, SampledAnswers, T
         kind = self.accelerator.distributed_type
         if kind not in _LAYOUTS:
             raise ValueError(f"distributed_type: {kind.value} is not supported; use DDP, FSDP2, or DeepSpeed's ZeRO")
+
+
+def _check_arguments(args: ERPOConfig, given: dict[str, Any]) -> None:
+    for name in ("tools", "rollout_func", "environment_factory", "eval_dataset"):
+        if given.get(name) is not None:
+            raise ValueError(f"{name}: not supported by ERPOTrainer; leave it out")
+    dataset = given.get("train_dataset")
+    for name in ("image", "images"):
+        if name in (getattr(dataset, "column_names", None) or ()):
+            raise ValueError(f"train_dataset: column {name!r}: ERPOTrainer trains models of text; remove it")
+    if args.dynamic_sampling and isinstance(dataset, IterableDataset):
+        raise ValueError("dynamic_sampling: prompts of a stream cannot be drawn; give a Dataset, or write False")
+    if getattr(given.get("peft_config"), "lora_dropout", 0):
+        raise ValueError("peft_config: lora_dropout does nothing, scoring is without dropout; write 0")

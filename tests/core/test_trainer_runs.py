@@ -296,6 +296,12 @@ def test_a_column_of_images_is_refused_by_name(tmp_path):
             )
 
 
+def test_dynamic_sampling_of_a_stream_is_refused_by_name(tmp_path):
+    stream = Dataset.from_dict({"prompt": ["?"]}).to_iterable_dataset()
+    with pytest.raises(ValueError, match=r"dynamic_sampling: .* write False"):
+        ERPOTrainer(None, even_ids, ERPOConfig(str(tmp_path), use_cpu=True, dynamic_sampling=True), stream)
+
+
 def test_an_outcome_that_is_none_of_the_rewards_is_refused(tiny, tmp_path):
     with pytest.raises(ValueError, match="outcome_reward: 'evn_ids' is no reward function; write one of even_ids"):
         make_trainer(tiny, tmp_path, outcome_reward="evn_ids")
