@@ -10,7 +10,7 @@ from collections import defaultdict
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import fields
 from inspect import Signature, signature
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from accelerate import DistributedType
@@ -55,6 +55,10 @@ class ERPOTrainer(ShardedWeights, ZeroParts, WholeCheckpoints, SampledAnswers, T
 
     _tag_names = ("trl", "erpo")
     _name = "ERPO"
+    _paper: ClassVar = {
+        "title": "ERPO: Token-Level Entropy-Regulated Policy Optimization for Large Reasoning Models",
+        "id": "2603.28204",
+    }
 
     def __init__(self, model, reward_funcs=None, args: ERPOConfig | None = None, *rest, **kwargs) -> None:
         kwargs = _AFTER_ARGS.bind(*rest, **kwargs).arguments
@@ -64,6 +68,8 @@ class ERPOTrainer(ShardedWeights, ZeroParts, WholeCheckpoints, SampledAnswers, T
             raise ValueError(f"args: an ERPOConfig is needed, not {type(args).__name__}")
         _check_arguments(args, kwargs)
         check_adapters(model, kwargs.get("peft_config"))
+        if args.algorithm == "grpo":
+            self._tag_names, self._name, self._paper = GRPOTrainer._tag_names, GRPOTrainer._name, GRPOTrainer._paper
         self.keeps_rollouts = self.keeps_traces = False
         self.run_state = RunState()
         self._forget_steps()

@@ -302,6 +302,15 @@ def test_dynamic_sampling_of_a_stream_is_refused_by_name(tmp_path):
         ERPOTrainer(None, even_ids, ERPOConfig(str(tmp_path), use_cpu=True, dynamic_sampling=True), stream)
 
 
+@pytest.mark.parametrize(("algorithm", "paper"), [("erpo", "2603.28204"), ("grpo", "2402.03300")])
+def test_the_model_card_names_the_method_and_its_own_paper(tiny, tmp_path, algorithm, paper):
+    make_trainer(tiny, tmp_path, algorithm=algorithm).create_model_card(model_name="tiny")
+    card = (tmp_path / "README.md").read_text()
+    assert f"trained with {algorithm.upper()}, a method introduced in [" in card
+    assert f"https://huggingface.co/papers/{paper})" in card
+    assert ("shao2024deepseekmath" in card) == (algorithm == "grpo"), "the citation"
+
+
 def test_an_outcome_that_is_none_of_the_rewards_is_refused(tiny, tmp_path):
     with pytest.raises(ValueError, match="outcome_reward: 'evn_ids' is no reward function; write one of even_ids"):
         make_trainer(tiny, tmp_path, outcome_reward="evn_ids")
