@@ -81,6 +81,10 @@ class ERPOTrainer(ShardedWeights, ZeroParts, WholeCheckpoints, SampledAnswers, T
             super().__init__(model=model, reward_funcs=reward_funcs, args=args, **kwargs)
         finally:
             args.loss_type, args.beta, args.use_vllm = kept["loss_type"], kept["beta"], kept["use_vllm"]
+        if self._is_vlm:
+            raise ValueError(
+                "processing_class: a processor is not supported, ERPOTrainer trains models of text; give its tokenizer"
+            )
         check_head(self._policy.config)
         widen_adapters(self._policy)
         without_dropout(self._policy)

@@ -12,7 +12,16 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from test_families import PACKED, make
 from test_trainer import DATASET, rollouts, train
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    CLIPImageProcessor,
+    CLIPVisionConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    TrainerCallback,
+)
 
 from erpo_core import ERPOConfig, ERPOTrainer
 from erpo_core.checkpoints import is_whole
@@ -294,6 +303,23 @@ def test_a_column_of_images_is_refused_by_name(tmp_path):
                 ERPOConfig(str(tmp_path), use_cpu=True),
                 Dataset.from_dict({"prompt": ["?"], column: [0]}),
             )
+
+
+def test_a_processor_of_images_is_refused_by_name(tiny, tmp_path):
+    """transformers finds one by itself where the model is one of vision and language."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    text = AutoModelForCausalLM.from_pretrained(tiny).config
+    vision = CLIPVisionConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+    model = LlavaForConditionalGeneration(
+        LlavaConfig(text_config=text, vision_config=vision, image_token_id=tokenizer.vocab_size)
+    )
+    processor = LlavaProcessor(CLIPImageProcessor(), tokenizer, patch_size=32, vision_feature_select_strategy="default")
+    dataset = Dataset.from_dict({"prompt": ["1+1="] * 16})
+    args = ERPOConfig(str(tmp_path), use_cpu=True)
+    with pytest.raises(ValueError, match=r"processing_class: .* give its tokenizer"):
+        ERPOTrainer(model, even_ids, args, dataset, processing_class=processor)
+    ERPOTrainer(model, even_ids, args, dataset, processing_class=processor.tokenizer)
 
 
 def test_dynamic_sampling_of_a_stream_is_refused_by_name(tmp_path):
