@@ -19,6 +19,7 @@ from torch import Tensor
 from trl import GRPOTrainer
 
 from erpo_core.loss import LossTerms, erpo_loss, importance_ratios
+from erpo_core.metric_names import told_apart
 from erpo_core.models import widen_adapters, without_dropout
 from erpo_core.packing import ATTENTION, attention, supports_packing
 from erpo_core.trainer import measures, ranks
@@ -89,6 +90,7 @@ class ERPOTrainer(ShardedWeights, ZeroParts, WholeCheckpoints, SampledAnswers, T
         widen_adapters(self._policy)
         without_dropout(self._policy)
         self.beta = args.beta
+        self.reward_func_names = told_apart(self.reward_func_names)
         self._check_layout()
         self._check_outcome()
         self._reference = Reference(self._policy)
