@@ -94,10 +94,17 @@ def benchmark_labels(datasets: Sequence[str]) -> list[str]:
 
     One that would be called like an earlier one gets a number: ``math500_2``.
     """
-    labels: list[str] = []
+    names = []
     for dataset in datasets:
         plain = dataset.partition("?")[0].removeprefix("reasoning-gym:").removeprefix("data:").removesuffix(".jsonl")
-        name = re.sub(r"[^\w./@-]", "_", plain)[-_MAX_LABEL:]
+        names.append(re.sub(r"[^\w./@-]", "_", plain)[-_MAX_LABEL:])
+    return told_apart(names)
+
+
+def told_apart(names: Sequence[str]) -> list[str]:
+    """The names, each that an earlier one has with a number: ``name_2``."""
+    labels: list[str] = []
+    for name in names:
         numbered = (f"{name}_{number}" for number in count(2))
         labels.append(next(label for label in chain([name], numbered) if label not in labels))
     return labels

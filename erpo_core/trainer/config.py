@@ -18,14 +18,19 @@ CHOICES = {
     "vllm_mode": ("colocate", "server"),
 }
 LEAST = {
+    "gate_scale": 0,
     "max_completion_length": 1,
     "max_resample_rounds": 1,
     "max_skipped_steps": 0,
     "noise_floor_every": 1,
     "num_buckets": 1,
+    "psi_std": 0,
+    "synthesis_weight": 0,
     "trace_every": 0,
     "trace_groups": 1,
 }
+ABOVE_ZERO = ("advantage_clip", "progress_scale", "stabilizer")
+"""None, where that is the default, is off."""
 
 
 @dataclass
@@ -115,12 +120,17 @@ class ERPOConfig(GRPOConfig):
     def _check_ranges(self) -> None:
         for name, least in LEAST.items():
             value = getattr(self, name)
-            if value is None or value < least:
+            if value is None or not value >= least:
                 raise ValueError(f"{name}: {value!r} is not a number of at least {least}")
+        for name in ABOVE_ZERO:
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name}: {value!r} is not above 0")
         if not self.temperature > 0:
             raise ValueError(f"temperature: {self.temperature!r} is not above 0; greedy answers of a group are all one")
-        if not 0 < self.top_entropy_quantile <= 1:
-            raise ValueError(f"top_entropy_quantile: {self.top_entropy_quantile!r} is not above 0 and at most 1")
+        for name in ("top_entropy_quantile", "top_p"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ValueError(f"{name}: {getattr(self, name)!r} is not above 0 and at most 1")
         if not 0 <= self.entropy_ema_decay < 1:
             raise ValueError(f"entropy_ema_decay: {self.entropy_ema_decay!r} is not from 0 to below 1")
         if self.progress_noise_floor != "auto":

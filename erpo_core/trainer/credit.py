@@ -80,7 +80,9 @@ class TokenCredit:
         )
         batch.old = replace(batch.old, leverage_norms=norms)
         kls = batch.old.kls if self.state.global_step == self._scored_step else None
-        return logps, replace(batch.old, entropies=entropies, kls=kls)
+        # As in TRL the tokens of highest entropy are those of the policy as it is now.
+        advantages = self._final(batch.old.signals, batch.rollouts.mask, entropies)
+        return logps, replace(batch.old, entropies=entropies, advantages=advantages, kls=kls)
 
     def _sparing_the_dead(self, score: Callable[[Rollouts], TokenScores], batch: MicroBatch) -> TokenScores:
         """What ``score`` gives; without a KL term the dead groups have no gradient, and so no graph.
@@ -111,7 +113,7 @@ class TokenCredit:
         count = len(batch.rollouts.prompts)
         if batch.old is None:
             return has_contrast(self.credited_rewards(batch.rewards, batch.outcomes).view(count, -1))
-        return (batch.old.advantages != 0).view(count, -1).any(1)
+        return (self._per_token(batch.old.signals, batch.rollouts.mask) != 0).view(count, -1).any(1)
 
     def _scores(self, policy, rollouts: Rollouts, reference=None) -> TokenScores:
         with self._autocast_scoring():
@@ -219,11 +221,13 @@ class TokenCredit:
             return None
         return state.entropy_mean, state.entropy_std
 
+    def _per_token(self, signals: ERPOSignals, mask: Tensor) -> Tensor:
+        """(B, T) advantages of every token."""
+        return signals.group_advantages[:, None] * mask if self.args.algorithm == "grpo" else signals.advantages
+
     def _final(self, signals: ERPOSignals, mask: Tensor, entropies: Tensor) -> Tensor:
         """(B, T) advantages as the loss takes them."""
-        advantages = signals.advantages
-        if self.args.algorithm == "grpo":
-            advantages = signals.group_advantages[:, None] * mask
+        advantages = self._per_token(signals, mask)
         if self.args.top_entropy_quantile < 1:
             # A token without advantage keeps its KL term and its place in the denominators, as in TRL.
             advantages = advantages * self._top_entropies(entropies.detach(), mask)

@@ -113,15 +113,16 @@ class SaveAtBoundaries(TrainerCallback):
     """
 
     def __init__(self) -> None:
-        self._save_pending = False
+        self._save_pending = self._stop_pending = False
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._save_pending = self._stop_pending = False
 
     def on_step_end(self, args, state, control, **kwargs):
-        if is_inside_cycle(args, state):
-            self._save_pending = self._save_pending or control.should_save
-            control.should_save = False
-            control.should_training_stop = False
-        elif self._save_pending:
-            control.should_save, self._save_pending = True, False
+        save, stop = self._save_pending or control.should_save, self._stop_pending or control.should_training_stop
+        inside = is_inside_cycle(args, state)
+        self._save_pending, self._stop_pending = inside and save, inside and stop
+        control.should_save, control.should_training_stop = save and not inside, stop and not inside
 
 
 def is_inside_cycle(args, state) -> bool:

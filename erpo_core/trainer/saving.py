@@ -84,8 +84,14 @@ class WholeCheckpoints:
         self.run_state.checkpoint_rewards[str(step)] = float("-inf") if reward is None else reward
         self.count_seconds()
         self.run_state.save(written)
-        checkpoints.publish(written, checkpoints.checkpoint_folder(staging.parent, step), step)
+        published = checkpoints.checkpoint_folder(staging.parent, step)
+        checkpoints.publish(written, published, step)
         shutil.rmtree(staging, ignore_errors=True)
+        if self.args.push_to_hub:
+            super()._push_from_checkpoint(str(published))
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Not before it has its name: transformers uploads in a thread, which would find the folder gone."""
 
     def rotate_checkpoints(self) -> None:
         """Delete what is over ``save_total_limit``, once the newest has been announced. By the first process."""

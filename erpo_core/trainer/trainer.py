@@ -10,14 +10,17 @@ from collections import defaultdict
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import fields
 from inspect import Signature, signature
+from typing import Any, ClassVar
 
 import torch
 from accelerate import DistributedType
+from datasets import IterableDataset
 from torch import Tensor
 from trl import GRPOTrainer
 
 from erpo_core.heads import body_of, check_head
 from erpo_core.loss import LossTerms, erpo_loss, importance_ratios
+from erpo_core.metric_names import told_apart
 from erpo_core.models import widen_adapters, without_dropout
 from erpo_core.packing import ATTENTION, attention, supports_packing
 from erpo_core.trainer import measures, ranks
@@ -53,6 +56,10 @@ class ERPOTrainer(ShardedWeights, ZeroParts, WholeCheckpoints, SampledAnswers, T
 
     _tag_names = ("trl", "erpo")
     _name = "ERPO"
+    _paper: ClassVar = {
+        "title": "ERPO: Token-Level Entropy-Regulated Policy Optimization for Large Reasoning Models",
+        "id": "2603.28204",
+    }
 
     def __init__(self, model, reward_funcs=None, args: ERPOConfig | None = None, *rest, **kwargs) -> None:
         kwargs = _AFTER_ARGS.bind(*rest, **kwargs).arguments
@@ -60,24 +67,13 @@ class ERPOTrainer(ShardedWeights, ZeroParts, WholeCheckpoints, SampledAnswers, T
             args = ERPOConfig("erpo-output")
         if not isinstance(args, ERPOConfig):
             raise ValueError(f"args: an ERPOConfig is needed, not {type(args).__name__}")
-        for name in ("tools", "rollout_func", "environment_factory", "eval_dataset"):
-            if kwargs.get(name) is not None:
-                raise ValueError(f"{name}: not supported by ERPOTrainer; leave it out")
-        for name in ("image", "images"):
-            if name in (getattr(kwargs.get("train_dataset"), "column_names", None) or ()):
-                raise ValueError(f"train_dataset: column {name!r}: ERPOTrainer trains models of text; remove it")
-        if getattr(kwargs.get("peft_config"), "lora_dropout", 0):
-            raise ValueError("peft_config: lora_dropout does nothing, scoring is without dropout; write 0")
+        _check_arguments(args, kwargs)
         check_adapters(model, kwargs.get("peft_config"))
+        if args.algorithm == "grpo":
+            self._tag_names, self._name, self._paper = GRPOTrainer._tag_names, GRPOTrainer._name, GRPOTrainer._paper
         self.keeps_rollouts = self.keeps_traces = False
-        self.traces: list[TraceGroup] = []
-        self.rollout_log: list[MicroBatch] = []
         self.run_state = RunState()
-        self._seconds: defaultdict[str, float] = defaultdict(float)
-        self._totals = Totals()
-        self._applied: list[tuple[Tensor, Tensor, Tensor]] = []
-        self._entropy_sums = [0.0, 0.0, 0.0]
-        self._noise_step = self._scored_step = -1
+        self._forget_steps()
         # TRL would load a reference by the model's name, or none at all where beta is 0; ERPO always needs its own.
         # Its vLLM merges the adapter into the base, which is our reference.
         kept = {"loss_type": args.loss_type, "beta": args.beta, "use_vllm": args.use_vllm}
@@ -86,10 +82,15 @@ class ERPOTrainer(ShardedWeights, ZeroParts, WholeCheckpoints, SampledAnswers, T
             super().__init__(model=model, reward_funcs=reward_funcs, args=args, **kwargs)
         finally:
             args.loss_type, args.beta, args.use_vllm = kept["loss_type"], kept["beta"], kept["use_vllm"]
+        if self._is_vlm:
+            raise ValueError(
+                "processing_class: a processor is not supported, ERPOTrainer trains models of text; give its tokenizer"
+            )
         widen_adapters(self._policy)
         without_dropout(self._policy)
         check_head(self._policy)
         self.beta = args.beta
+        self.reward_func_names = told_apart(self.reward_func_names)
         self._check_layout()
         self._check_outcome()
         self._reference = Reference(self._policy)
@@ -99,6 +100,24 @@ class ERPOTrainer(ShardedWeights, ZeroParts, WholeCheckpoints, SampledAnswers, T
         self.add_callback(self._guard)
         self.add_callback(SaveAtBoundaries())
         self.add_callback(RotateCheckpoints(self))
+
+    def train(self, *args, **kwargs):
+        """As transformers' Trainer. An interrupted training of this trainer has left nothing of its step: answers that
+        were not used up are another policy's."""
+        self._forget_steps()
+        self._pending_metrics.clear()
+        self._pending_extra_logs.clear()
+        return super().train(*args, **kwargs)
+
+    def _forget_steps(self) -> None:
+        self.traces: list[TraceGroup] = []
+        self.rollout_log: list[MicroBatch] = []
+        self._step, self._buffered_inputs, self._resample_round = 0, None, 0
+        self._seconds: defaultdict[str, float] = defaultdict(float)
+        self._totals = Totals()
+        self._applied: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._entropy_sums = [0.0, 0.0, 0.0]
+        self._noise_step = self._scored_step = -1
 
     @property
     def _policy(self):
@@ -301,3 +320,17 @@ class ERPOTrainer(ShardedWeights, ZeroParts, WholeCheckpoints, SampledAnswers, T
         kind = self.accelerator.distributed_type
         if kind not in _LAYOUTS:
             raise ValueError(f"distributed_type: {kind.value} is not supported; use DDP, FSDP2, or DeepSpeed's ZeRO")
+
+
+def _check_arguments(args: ERPOConfig, given: dict[str, Any]) -> None:
+    for name in ("tools", "rollout_func", "environment_factory", "eval_dataset"):
+        if given.get(name) is not None:
+            raise ValueError(f"{name}: not supported by ERPOTrainer; leave it out")
+    dataset = given.get("train_dataset")
+    for name in ("image", "images"):
+        if name in (getattr(dataset, "column_names", None) or ()):
+            raise ValueError(f"train_dataset: column {name!r}: ERPOTrainer trains models of text; remove it")
+    if args.dynamic_sampling and isinstance(dataset, IterableDataset):
+        raise ValueError("dynamic_sampling: prompts of a stream cannot be drawn; give a Dataset, or write False")
+    if getattr(given.get("peft_config"), "lora_dropout", 0):
+        raise ValueError("peft_config: lora_dropout does nothing, scoring is without dropout; write 0")

@@ -2,6 +2,7 @@
 
 import json
 import random
+from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,7 +15,7 @@ from test_evaluating import EVALUATED, StopAt, evaluations, plain
 from test_plugins import register
 from test_preflight import DRAWS
 from test_trainer import Records, train
-from test_trainer_runs import SMALL_DATASET
+from test_trainer_runs import SMALL_DATASET, make_trainer
 from transformers import AutoModelForCausalLM
 
 from erpo_core.checkpoints import checkpoint_folder, list_steps
@@ -221,3 +222,28 @@ def test_a_fused_optimizer_under_zero_counts_its_steps_on_the_device(fused, plac
     optimizer.load_state_dict({"state": {0: state}, "param_groups": [{}]})
     assert optimizer.state[flat]["step"].device.type == place
     assert optimizer.state[flat]["exp_avg"].device.type == "meta"
+
+
+@pytest.mark.parametrize("settings", [{}, {"num_iterations": 2, "save_steps": 2}, {"entropy_stats": "ema"}])
+def test_a_trainer_that_was_interrupted_inside_a_step_goes_on_as_if_it_had_not_been(tiny, tmp_path, settings):
+    """As in a notebook: the same trainer, which has answers left and half of a step counted."""
+    steps = {"gradient_accumulation_steps": 2, "save_strategy": "steps", "save_steps": 1, "max_steps": 4} | settings
+    whole, interrupted = (make_trainer(tiny, tmp_path / name, **steps) for name in ("whole", "interrupted"))
+    whole.train()
+    training_step, calls = interrupted.training_step, count(1)
+
+    def interrupt(*args, **kwargs):
+        if next(calls) == 6:
+            raise KeyboardInterrupt
+        return training_step(*args, **kwargs)
+
+    interrupted.training_step = interrupt
+    with pytest.raises(KeyboardInterrupt):
+        interrupted.train()
+    interrupted.train(resume_from_checkpoint=True)
+    logs = [[logs for logs in trainer.state.log_history if "loss" in logs] for trainer in (whole, interrupted)]
+    for one, other in zip(*logs, strict=True):
+        timeless = [name for name in one if not name.startswith(("time/", "step_time"))]
+        assert [one[name] for name in timeless] == [other[name] for name in timeless], one["step"]
+    for one, other in zip(whole.model.parameters(), interrupted.model.parameters(), strict=True):
+        assert torch.equal(one, other)

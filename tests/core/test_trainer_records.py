@@ -146,6 +146,15 @@ def test_what_a_reward_function_logs_is_logged_and_does_not_pile_up(tiny, tmp_pa
     assert not trainer._pending_extra_logs
 
 
+def test_reward_functions_of_one_name_are_told_apart(tiny, tmp_path):
+    rewards = [lambda completion_ids, **_: even_ids(completion_ids), lambda completion_ids, **_: [7.0] * 8]
+    trainer = make_trainer(tiny, tmp_path, reward=rewards, max_steps=1)
+    trainer.train()
+    logged = trainer.state.log_history[0]
+    assert logged["rewards/<lambda>"] + logged["rewards/<lambda>_2"] == logged["reward"]
+    assert logged["rewards/<lambda>_2"] == 7
+
+
 @pytest.mark.parametrize(
     ("size", "accumulation", "steps_per_generation"),
     [

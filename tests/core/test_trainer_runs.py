@@ -14,9 +14,19 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from test_families import PACKED, make
 from test_trainer import DATASET, rollouts, train
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    CLIPImageProcessor,
+    CLIPVisionConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    TrainerCallback,
+)
 
 from erpo_core import ERPOConfig, ERPOTrainer
+from erpo_core.checkpoints import is_whole
 from erpo_core.errors import DatasetError, RunError
 from erpo_core.trainer.run import first_process_first
 from erpo_core.trainer.scoring import score_rollouts
@@ -36,7 +46,7 @@ def even_ids(completion_ids, **_):
     return [float(ids[0] % 2 == 0) for ids in completion_ids]
 
 
-def make_trainer(tiny, folder, *, reward=even_ids, model=None, peft=True, **changes) -> ERPOTrainer:
+def make_trainer(tiny, folder, *, reward=even_ids, model=None, peft=True, callbacks=None, **changes) -> ERPOTrainer:
     values = {
         "num_generations": 4,
         "per_device_train_batch_size": 8,
@@ -59,6 +69,7 @@ def make_trainer(tiny, folder, *, reward=even_ids, model=None, peft=True, **chan
         train_dataset=Dataset.from_dict({"prompt": [f"{a}+{a}=" for a in range(16)]}),
         processing_class=AutoTokenizer.from_pretrained(tiny),
         peft_config=LoraConfig(r=4, target_modules="all-linear") if peft is True else peft or None,
+        callbacks=callbacks,
     )
 
 
@@ -99,6 +110,45 @@ def test_checkpoints_are_cut_between_generations_and_rotated(tiny, tmp_path):
     left = {path.name for path in (tmp_path / "checkpoints").iterdir() if path.is_dir()}
     assert "checkpoint-6" in left
     assert len(left) <= 2, "the last, and the best"
+
+
+def test_who_asks_once_to_stop_within_a_generation_is_heard_at_its_end(tiny, tmp_path):
+    class StopAtThree(TrainerCallback):
+        def on_step_end(self, args, state, control, **_):
+            if state.global_step == 3:
+                control.should_training_stop = True
+
+    trainer = make_trainer(tiny, tmp_path, num_iterations=2, max_steps=8, callbacks=[StopAtThree()])
+    trainer.train()
+    assert trainer.state.global_step == 4
+    trainer.train()
+    assert trainer.state.global_step == 4, "the wish before is no wish of this training"
+
+
+class Hub:
+    """Remembers what is to be uploaded."""
+
+    def __init__(self) -> None:
+        self.folders = []
+
+    def create_repo(self, *args, **_):
+        return SimpleNamespace(repo_id="me/tiny")
+
+    def upload_folder(self, *, folder_path, path_in_repo=None, **_):
+        self.folders.append((path_in_repo, folder_path))
+        return SimpleNamespace(done=lambda: True)
+
+
+def test_a_checkpoint_is_pushed_to_a_hub_under_its_name(tiny, tmp_path, monkeypatch):
+    hub = Hub()
+    monkeypatch.setattr("transformers.trainer.hf_api", lambda *_: hub)
+    pushed = {"push_to_hub": True, "hub_model_id": "me/tiny", "hub_strategy": "checkpoint"}
+    make_trainer(tiny, tmp_path, save_strategy="steps", save_steps=1, **pushed).train()
+    whole = [(None, str(tmp_path)), ("last-checkpoint", str(tmp_path / "checkpoint-2"))]
+    assert hub.folders == [(None, str(tmp_path)), ("last-checkpoint", str(tmp_path / "checkpoint-1")), *whole]
+    assert is_whole(tmp_path / "checkpoint-2")
+    assert not (tmp_path / ".saving").exists()
+    assert (tmp_path / "adapter_model.safetensors").is_file(), "transformers copies it out of the checkpoint"
 
 
 def test_every_weight_can_be_trained(tiny, tmp_path):
@@ -256,6 +306,38 @@ def test_a_column_of_images_is_refused_by_name(tmp_path):
                 ERPOConfig(str(tmp_path), use_cpu=True),
                 Dataset.from_dict({"prompt": ["?"], column: [0]}),
             )
+
+
+def test_a_processor_of_images_is_refused_by_name(tiny, tmp_path):
+    """transformers finds one by itself where the model is one of vision and language."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    text = AutoModelForCausalLM.from_pretrained(tiny).config
+    vision = CLIPVisionConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+    model = LlavaForConditionalGeneration(
+        LlavaConfig(text_config=text, vision_config=vision, image_token_id=tokenizer.vocab_size)
+    )
+    processor = LlavaProcessor(CLIPImageProcessor(), tokenizer, patch_size=32, vision_feature_select_strategy="default")
+    dataset = Dataset.from_dict({"prompt": ["1+1="] * 16})
+    args = ERPOConfig(str(tmp_path), use_cpu=True)
+    with pytest.raises(ValueError, match=r"processing_class: .* give its tokenizer"):
+        ERPOTrainer(model, even_ids, args, dataset, processing_class=processor)
+    ERPOTrainer(model, even_ids, args, dataset, processing_class=processor.tokenizer)
+
+
+def test_dynamic_sampling_of_a_stream_is_refused_by_name(tmp_path):
+    stream = Dataset.from_dict({"prompt": ["?"]}).to_iterable_dataset()
+    with pytest.raises(ValueError, match=r"dynamic_sampling: .* write False"):
+        ERPOTrainer(None, even_ids, ERPOConfig(str(tmp_path), use_cpu=True, dynamic_sampling=True), stream)
+
+
+@pytest.mark.parametrize(("algorithm", "paper"), [("erpo", "2603.28204"), ("grpo", "2402.03300")])
+def test_the_model_card_names_the_method_and_its_own_paper(tiny, tmp_path, algorithm, paper):
+    make_trainer(tiny, tmp_path, algorithm=algorithm).create_model_card(model_name="tiny")
+    card = (tmp_path / "README.md").read_text()
+    assert f"trained with {algorithm.upper()}, a method introduced in [" in card
+    assert f"https://huggingface.co/papers/{paper})" in card
+    assert ("shao2024deepseekmath" in card) == (algorithm == "grpo"), "the citation"
 
 
 def test_an_outcome_that_is_none_of_the_rewards_is_refused(tiny, tmp_path):

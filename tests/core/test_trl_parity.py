@@ -108,6 +108,18 @@ def test_grpo_is_trls_grpo(tiny, tmp_path, loss_type, micro_batch):
         assert logged[name] == pytest.approx(told[name], rel=1e-4, abs=1e-5), name
 
 
+@pytest.mark.parametrize("beta", [0.0, 0.1])
+def test_a_second_update_is_trls_of_the_tokens_that_are_uncertain_by_then(tiny, tmp_path, beta):
+    layout = {"per_device_train_batch_size": 16, "gradient_accumulation_steps": 1, "loss_type": "dapo", "beta": beta}
+    twice = {"num_iterations": 2, "max_steps": 2, "learning_rate": 0.1, "top_entropy_quantile": 0.3}
+    settings = SETTINGS | layout | twice
+    models = [AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32) for _ in range(2)]
+    ours, _ = trained(FixedOurs, ERPOConfig(str(tmp_path), algorithm="grpo", **settings), models[0], tiny)
+    theirs, _ = trained(FixedTrl, GRPOConfig(str(tmp_path), **settings), models[1], tiny)
+    for name, change in theirs.items():
+        torch.testing.assert_close(ours[name], change, atol=1e-5, rtol=1e-3)
+
+
 @pytest.mark.parametrize("mode", ["token_truncate", "token_mask"])
 def test_the_correction_for_the_engine_is_trls(tiny, tmp_path, mode):
     """TRL corrects where its own vLLM samples: it is told that it does, and given an engine's log-probabilities."""
