@@ -80,6 +80,7 @@ class VLLMEngine:
             "generation_config": "vllm",  # a model's own sampling defaults are not ours
             "logprobs_mode": "processed_logprobs",  # at the sampling temperature, as the trainer scores
             "disable_log_stats": True,
+            "worker_extension_cls": "erpo_core.generation.vllm_worker.PolicyWorker",
         }
         settings |= {} if max_num_seqs is None else {"max_num_seqs": max_num_seqs}
         settings |= {} if max_lora_rank is None else _lora_settings(max_lora_rank)
@@ -163,6 +164,12 @@ class VLLMEngine:
         with _seeded(0), torch.autocast("cpu", enabled=False):
             output = self._llm.generate(prompt, params, lora_request=self._adapter, use_tqdm=False)[0]
         return [step[token].logprob for token, step in zip(token_ids[1:], output.prompt_logprobs[1:], strict=True)]
+
+    def load_weights(self, folder: Path) -> None:
+        """Answers come from these weights, every one of a model of the same shape, from now on."""
+        with _seeded(0):
+            self._llm.collective_rpc("read_weights", args=(str(folder.resolve()),))
+        self._llm.reset_prefix_cache()
 
     def load_adapter(self, folder: Path) -> None:
         """Answers come from the base with this adapter on, from now on; the adapter before it is dropped.
@@ -357,8 +364,7 @@ def _cache_bytes(model_path: Path, dtype: str, max_model_len: int, sequences: in
 
 
 def _lora_settings(rank: int) -> dict[str, Any]:
-    report = "erpo_core.generation.vllm_worker.AdapterReport"
-    return {"enable_lora": True, "max_loras": 1, "max_lora_rank": _allowed_rank(rank), "worker_extension_cls": report}
+    return {"enable_lora": True, "max_loras": 1, "max_lora_rank": _allowed_rank(rank)}
 
 
 def _allowed_rank(rank: int) -> int:

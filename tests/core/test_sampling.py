@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM
 from erpo_core.errors import RunError
 from erpo_core.models import load_tokenizer
 from erpo_core.trainer.config import ERPOConfig
-from erpo_core.trainer.sampling import ServerSampler, TransformersSampler, make_sampler
+from erpo_core.trainer.sampling import TransformersSampler, make_sampler
+from erpo_core.trainer.vllm_sampling import ServerSampler
 from tiny_model import make_tiny_model
 
 PROBE = [5, 6, 7, 8]

@@ -22,14 +22,15 @@ def test_without_vllm_the_extra_to_install_is_named(tmp_path):
     assert caught.value.code == "engine_unavailable"
 
 
-def test_training_every_weight_with_vllm_is_refused(tmp_path):
-    body = {"model": "smollm2-135m", "dataset": "reasoning-gym:chain_sum", "use_vllm": True}
+def test_training_every_weight_with_a_vllm_server_is_refused(tmp_path):
+    server = {"vllm_mode": "server", "vllm_server_base_url": "http://gpu:8000"}
+    body = {"model": "smollm2-135m", "dataset": "reasoning-gym:chain_sum", "use_vllm": True, "lora": None}
     assert parse_spec("train", body).vllm_mode == "colocate"
-    with pytest.raises(ValueError, match="use_vllm: vLLM is sent LoRA adapters"):
-        parse_spec("train", body | {"lora": None})
+    with pytest.raises(ValueError, match="vllm_mode: a vLLM server is sent LoRA adapters"):
+        parse_spec("train", body | server)
     model, tokenizer = load_model(make_tiny_model(tmp_path / "tiny"), dtype=torch.float32)
-    config = ERPOConfig(str(tmp_path), use_vllm=True, use_cpu=True)
-    with pytest.raises(ValueError, match="use_vllm: vLLM is sent LoRA adapters"):
+    config = ERPOConfig(str(tmp_path), use_vllm=True, use_cpu=True, **server)
+    with pytest.raises(ValueError, match="vllm_mode: a vLLM server is sent LoRA adapters"):
         make_sampler(config, model, tokenizer, Accelerator(cpu=True))
 
 

@@ -151,7 +151,7 @@ TRAININGS = [
     ),
     ({"outcome_reward": "regex"}, "/outcome_reward", "add it"),
     ({"max_length": 100, "max_completion_length": 100}, "/max_completion_length", "below max_length"),
-    ({"use_vllm": True, "lora": None}, "/use_vllm", "keep `lora`"),
+    (SERVED | {"lora": None}, "/vllm_mode", "keep `lora`"),
     ({"eval_every": 5}, "/eval_benchmarks", "eval_every 0"),
     ({"eval_benchmarks": ["data:sums.jsonl"]}, "/eval_every", "the steps between"),
     ({"eval_every": -1}, "/eval_every", "at least 0"),

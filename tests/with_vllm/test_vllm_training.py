@@ -77,6 +77,11 @@ def trained(model: Path, folder: Path, body: dict) -> list:
     return sink.records
 
 
+def steps_of(records: list) -> list[dict]:
+    """The metrics of each step."""
+    return [record.values for record in records if isinstance(record, Metrics) and "reward" in record.values]
+
+
 @pytest.fixture
 def train(tiny, tmp_path):
     return lambda **more: run(tiny, tmp_path, **more)
@@ -88,11 +93,35 @@ def test_the_engine_samples_from_the_policy_of_each_step(train, monkeypatch):
     monkeypatch.setattr(VLLMEngine, "adapter_digest", lambda self: digests.append(told(self)) or digests[-1])
     records = train(max_steps=3)
     assert next(record for record in records if isinstance(record, Resolved)).data["config"]["use_vllm"] is True
-    steps = [record.values for record in records if isinstance(record, Metrics) and "reward" in record.values]
+    steps = steps_of(records)
     assert len(steps) == len(set(digests)) == 3
     for values in steps:
         assert 0 < values["sampling/logp_difference_mean"] <= values["sampling/logp_difference_max"] < 1e-3
         assert values["grad_norm"] > 0
+
+
+def test_every_weight_is_trained_and_the_engine_follows(train):
+    steps = steps_of(train(max_steps=3, lora=None, learning_rate=1e-3))
+    assert len(steps) == 3
+    for values in steps:
+        assert 0 < values["sampling/logp_difference_mean"] <= values["sampling/logp_difference_max"] < 1e-3
+        assert values["grad_norm"] > 0
+    assert steps[2]["kl"] > 1e-6
+
+
+def test_a_step_on_the_weights_of_the_step_before_is_refused(train, monkeypatch):
+    load, loaded = VLLMEngine.load_weights, []
+
+    def load_the_first(self, folder) -> None:
+        if not loaded:
+            load(self, folder)
+        loaded.append(folder)
+
+    monkeypatch.setattr(VLLMEngine, "load_weights", load_the_first)
+    with pytest.raises(RunError, match="answers as the version before does, not as version 2 of the weights") as caught:
+        train(lora=None)
+    assert caught.value.code == "stale_adapter"
+    assert len(loaded) == 2
 
 
 def test_a_family_that_vllm_takes_from_transformers_is_trained(tiny, tmp_path):
@@ -104,7 +133,7 @@ def test_a_family_that_vllm_takes_from_transformers_is_trained(tiny, tmp_path):
     Olmo2ForCausalLM(Olmo2Config(**sizes, bos_token_id=None, max_position_embeddings=4096)).save_pretrained(folder)
     shutil.copy(tiny / "tokenizer_config.json", folder)
     records = run(folder, tmp_path)
-    steps = [record.values for record in records if isinstance(record, Metrics) and "reward" in record.values]
+    steps = steps_of(records)
     assert len(steps) == 2
     assert all(values["sampling/logp_difference_max"] < 1e-3 for values in steps)
 
@@ -125,7 +154,7 @@ def test_the_policy_is_evaluated_by_the_same_engine_and_training_is_as_without(t
 
 def test_the_difference_from_the_engine_can_be_corrected_token_by_token(train):
     records = train(vllm_importance_sampling_correction=True)
-    steps = [record.values for record in records if isinstance(record, Metrics) and "reward" in record.values]
+    steps = steps_of(records)
     assert len(steps) == 2
     for values in steps:
         low, mean, high = (values[f"sampling/importance_sampling_ratio/{name}"] for name in ("min", "mean", "max"))
@@ -159,19 +188,23 @@ def test_a_base_that_was_changed_in_memory_is_refused(train, monkeypatch):
     assert caught.value.code == "stale_adapter"
 
 
+ADAPTER, WHOLE = {}, {"lora": None, "learning_rate": 1e-3}
+
+
+@pytest.mark.parametrize("more", [pytest.param(ADAPTER, id="adapter"), pytest.param(WHOLE, id="every weight")])
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "zero2", "zero3"])
-def test_each_rank_samples_its_share_with_an_engine_of_its_own(tiny, tmp_path, strategy):
+def test_each_rank_samples_its_share_with_an_engine_of_its_own(tiny, tmp_path, strategy, more):
     script = Path(__file__).with_name("ranks_vllm_script.py")
     paths = os.pathsep.join(str(Path(__file__).parents[up]) for up in (0, 1, 2))
     done = subprocess.run(
-        [sys.executable, *launcher(strategy, 2), str(script), str(tiny), str(tmp_path), strategy],
+        [sys.executable, *launcher(strategy, 2), str(script), str(tiny), str(tmp_path), strategy, json.dumps(more)],
         env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
         text=True,
         timeout=280,
         check=False,
     )
-    assert done.returncode == 0, done.stderr[-5000:]
+    assert done.returncode == 0, done.stderr[-9000:]
     steps = json.loads((tmp_path / "metrics.json").read_text())
     assert len(steps) == 2
     for values in steps:
