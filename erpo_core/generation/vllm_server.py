@@ -20,6 +20,9 @@ from erpo_core.generation.seeds import request_seed
 
 _CONNECTIONS = 64
 _CONNECT_SECONDS = 10
+_IDLE_SECONDS = 1
+"""For which an idle connection is used again. vLLM ends it after 5 (VLLM_HTTP_TIMEOUT_KEEP_ALIVE): a request that is
+under way at that moment would never be answered, and a step may take as long."""
 _ANSWER_SECONDS = 1800
 """The longest wait for one prompt's answers."""
 _HEAR_SECONDS = 0.5
@@ -66,7 +69,7 @@ class VLLMServer:
             base_url=self.base_url,
             headers={"Authorization": f"Bearer {key}"} if key else None,
             timeout=httpx.Timeout(_ANSWER_SECONDS, connect=_CONNECT_SECONDS),
-            limits=httpx.Limits(max_connections=_CONNECTIONS),
+            limits=httpx.Limits(max_connections=_CONNECTIONS, keepalive_expiry=_IDLE_SECONDS),
             trust_env=False,
         )
         self._threads = ThreadPoolExecutor(_CONNECTIONS, "vllm-server")

@@ -3,6 +3,7 @@
 import json
 import socket
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -46,6 +47,20 @@ class Short(Plain):
     def do_POST(self):
         self.rfile.read(int(self.headers["Content-Length"]))
         self._answer(200, {"choices": [{"index": 0, "token_ids": [5, 6, 7, 8], "logprobs": None}]})
+
+
+class Impatient(Short):
+    """Has just ended a connection that was idle for some time when the next request comes."""
+
+    protocol_version = "HTTP/1.1"
+    used_at = float("inf")
+
+    def do_POST(self):
+        if time.monotonic() - self.used_at > 1.2:
+            self.close_connection = True
+            return
+        super().do_POST()
+        self.used_at = time.monotonic()
 
 
 @pytest.fixture
@@ -96,4 +111,12 @@ def test_answers_that_a_server_cuts_by_a_limit_of_its_own_are_refused(serve):
     with pytest.raises(RunError, match="after 4 of 9 tokens") as caught:
         server.generate([[1, 2]], max_new_tokens=9, stop_ids=[2])
     assert caught.value.code == "engine_unavailable"
+    server.close()
+
+
+def test_a_connection_that_the_server_may_be_about_to_end_is_not_used_again(serve):
+    server = VLLMServer(serve(Impatient), timeout=60)
+    for _ in range(3):
+        assert server.generate([[1, 2]], max_new_tokens=4, stop_ids=[])
+        time.sleep(1.3)
     server.close()
