@@ -7,6 +7,8 @@ from pathlib import Path
 
 from erpo_core.records import Ended
 
+_ONE_WAS_KILLED = "a process of the job was killed because the machine ran out of memory"
+
 
 class Order(IntEnum):
     """What the supervisor was told while the child ran; a higher one overrides a lower one."""
@@ -38,13 +40,22 @@ class Outcome:
     message: str | None = None
 
 
-def classify(order: Order, ended: Ended | None, returncode: int, *, out_of_memory: bool, detail: str = "") -> Outcome:
+def classify(
+    order: Order,
+    ended: Ended | None,
+    returncode: int,
+    *,
+    out_of_memory: bool,
+    num_processes: int = 1,
+    detail: str = "",
+) -> Outcome:
     """What became of an attempt that is over. Not for LOST: then nothing may be written.
 
     Args:
         ended: the child's own last word, if it had one.
         returncode: of ``subprocess``: negative for a signal.
         out_of_memory: the machine counted an out-of-memory kill while the child ran.
+        num_processes: that train together. Where one is killed, another fails of that it is gone, or their launcher.
         detail: why a record was refused, or which time limit was passed.
     """
     if ended is not None and ended.status == "succeeded":
@@ -55,12 +66,17 @@ def classify(order: Order, ended: Ended | None, returncode: int, *, out_of_memor
         return Outcome("cancelled", "user_request")
     if order is Order.TIMEOUT:
         return _failed("timeout", f"the time limit of {detail} s passed")
+    one_was_killed = out_of_memory and num_processes > 1
     if ended is not None and ended.status == "failed":
+        if one_was_killed and ended.code == "failed":
+            return _failed("oom", f"{_ONE_WAS_KILLED}; another one says: {ended.message}")
         return _failed(ended.code or "failed", ended.message or "the child reported a failure")
     if order is Order.PAUSE:
         return Outcome("paused", "user_request")
     if order is Order.LEAVE:
         return Outcome("requeued", "worker_stopped")
+    if one_was_killed and ended is None and returncode > 0:
+        return _failed("oom", _ONE_WAS_KILLED)
     return _died(returncode, out_of_memory, stopped=ended is not None)
 
 

@@ -20,7 +20,7 @@ import psutil
 from erpo_core.job import JobInputs
 from erpo_core.records import Ended
 from service.settings import Settings
-from workers.child.ranks import Failure, cause, failure_of_a_rank
+from workers.child.ranks import Failure, cause, failure_of_a_rank, wanted_processes
 from workers.claims import Attempt
 from workers.heart import Heart
 from workers.joblog import JobLog
@@ -90,6 +90,7 @@ class Supervisor:
             _last_word(recorder.ended, recorder.ended_at, failure_of_a_rank(job_file.parent)),
             child.returncode,
             out_of_memory=memory_kills() > kills_before,
+            num_processes=wanted_processes(json.loads(job_file.read_text())),
             detail=recorder.refused or f"{self._time_limit or 0:g}",
         )
         return outcome if self._attempt.finish(outcome, log_tail=job_log.tail) else None

@@ -43,6 +43,21 @@ def test_a_kill_is_out_of_memory_only_if_the_machine_counted_one():
     assert classify(Order.NONE, None, -11, out_of_memory=True).reason == "child_killed"
 
 
+@pytest.mark.parametrize(
+    ("ended", "returncode"),
+    [
+        pytest.param(Ended("failed", "failed", "RuntimeError: Connection closed by peer"), 1, id="its peer says so"),
+        pytest.param(None, 1, id="its launcher has ended"),
+    ],
+)
+def test_of_several_processes_one_that_is_killed_for_memory_is_the_reason(ended, returncode):
+    several = {"num_processes": 2, "out_of_memory": True}
+    assert classify(Order.NONE, ended, returncode, **several).reason == "oom"
+    assert classify(Order.NONE, ended, returncode, **several | {"out_of_memory": False}).reason != "oom"
+    assert classify(Order.NONE, ended, returncode, **several | {"num_processes": 1}).reason != "oom"
+    assert classify(Order.NONE, FAILED, returncode, **several).reason == "nonfinite_loss"
+
+
 def test_every_failure_has_a_code_and_a_message():
     for returncode in (-9, -11, 0, 1):
         outcome = classify(Order.NONE, None, returncode, out_of_memory=False)
