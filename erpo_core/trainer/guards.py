@@ -109,7 +109,8 @@ class SkipNonFinite(TrainerCallback):
 class SaveAtBoundaries(TrainerCallback):
     """Holds a checkpoint, or the wish to stop, back until the generation batch at hand is used up.
 
-    The answers in use and their scores are in no checkpoint: a run cut inside a cycle would sample others.
+    The answers in use and their scores are in no checkpoint: a run cut inside a cycle would sample others. To be asked
+    after every other callback.
     """
 
     def __init__(self) -> None:
@@ -123,6 +124,8 @@ class SaveAtBoundaries(TrainerCallback):
         inside = is_inside_cycle(args, state)
         self._save_pending, self._stop_pending = inside and save, inside and stop
         control.should_save, control.should_training_stop = save and not inside, stop and not inside
+
+    on_log = on_step_end  # of the same step, before it would be saved
 
 
 def is_inside_cycle(args, state) -> bool:

@@ -98,8 +98,9 @@ class ERPOTrainer(ShardedWeights, ZeroParts, WholeCheckpoints, SampledAnswers, T
         self._scores_in_float32 = self._resolve_scoring_dtype() == "float32"
         self._guard = SkipNonFinite(self)
         self.add_callback(self._guard)
-        self.add_callback(SaveAtBoundaries())
-        self.add_callback(RotateCheckpoints(self))
+        self._last_callbacks = (SaveAtBoundaries(), RotateCheckpoints(self))
+        for callback in self._last_callbacks:
+            self.add_callback(callback)
 
     def train(self, *args, **kwargs):
         """As transformers' Trainer. An interrupted training of this trainer has left nothing of its step: answers that
@@ -107,6 +108,9 @@ class ERPOTrainer(ShardedWeights, ZeroParts, WholeCheckpoints, SampledAnswers, T
         self._forget_steps()
         self._pending_metrics.clear()
         self._pending_extra_logs.clear()
+        for callback in self._last_callbacks:  # behind those that were added meanwhile
+            self.remove_callback(callback)
+            self.add_callback(callback)
         return super().train(*args, **kwargs)
 
     def _forget_steps(self) -> None:

@@ -112,15 +112,23 @@ def test_checkpoints_are_cut_between_generations_and_rotated(tiny, tmp_path):
     assert len(left) <= 2, "the last, and the best"
 
 
-def test_who_asks_once_to_stop_within_a_generation_is_heard_at_its_end(tiny, tmp_path):
-    class StopAtThree(TrainerCallback):
-        def on_step_end(self, args, state, control, **_):
-            if state.global_step == 3:
-                control.should_training_stop = True
+@pytest.mark.parametrize("moment", ["on_step_end", "on_log"])
+@pytest.mark.parametrize("added", [False, True], ids=["given", "added"])
+def test_who_asks_once_within_a_generation_is_heard_at_its_end(tiny, tmp_path, moment, added):
+    """Whether it asks for the end or for a checkpoint, and whether or not it was there when the trainer was made."""
 
-    trainer = make_trainer(tiny, tmp_path, num_iterations=2, max_steps=8, callbacks=[StopAtThree()])
+    def ask(self, args, state, control, **_):
+        if state.global_step == 3:
+            control.should_save = control.should_training_stop = True
+
+    asking = type("Asking", (TrainerCallback,), {moment: ask})()
+    changes = {"num_iterations": 2, "max_steps": 8, "callbacks": None if added else [asking]}
+    trainer = make_trainer(tiny, tmp_path, **changes)
+    if added:
+        trainer.add_callback(asking)
     trainer.train()
     assert trainer.state.global_step == 4
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-4"]
     trainer.train()
     assert trainer.state.global_step == 4, "the wish before is no wish of this training"
 
