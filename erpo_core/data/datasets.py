@@ -218,10 +218,11 @@ def _file(found: Reference, data_root: Path | None, pointer: str) -> Path:
         allowed = path.is_relative_to(root) and not path.is_relative_to(uploads) and path.suffix == ".jsonl"
     if not allowed or not path.is_file():
         known = ", ".join(f"data:{name}" for name in _known_files(root)) or "none yet"
+        in_root = f"files there: {known}; what was uploaded goes by its id (ds_...)"
         raise UnknownReferenceError(
             f"there is no data set {found.name!r}" + ("" if found.source == "upload" else " in the data root"),
             pointer=pointer,
-            mend=f"files in the data root: {known}" if found.source == "file" else "upload it first",
+            mend=in_root if found.source == "file" else "upload it first",
             code="unknown_dataset",
         )
     return path
