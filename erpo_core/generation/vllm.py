@@ -188,7 +188,9 @@ class VLLMEngine:
         try:
             self._llm.llm_engine.add_lora(request)
         except Exception as error:  # what goes wrong in another process comes as a bare Exception
-            raise RunError(f"vLLM cannot load the adapter: {error}", code="adapter_unsupported") from error
+            said = str(error) or repr(error)
+            raise RunError(f"vLLM cannot load the adapter: {said}", code="adapter_unsupported") from error
+        self._check_modules(request.lora_int_id)
         self._adapter = request
 
     def drop_adapter(self) -> None:
@@ -210,6 +212,16 @@ class VLLMEngine:
         if len(digests) != 1:
             raise RunError("vLLM's workers hold different adapters", code="stale_adapter")
         return digests.pop()
+
+    def _check_modules(self, adapter_id: int) -> None:
+        found = self._llm.collective_rpc("modules_left_out", args=(adapter_id,))
+        left_out = sorted(set().union(*found))
+        if left_out:
+            raise RunError(
+                f"vLLM would leave out {len(left_out)} modules of the adapter, which it has under other names: "
+                f"{', '.join(left_out[:3])}, ... ; sample with transformers",
+                code="adapter_unsupported",
+            )
 
     def close(self) -> None:
         """End the engine's processes and free its memory."""

@@ -19,9 +19,17 @@ class PolicyWorker:
             # A tied head computes with a packed copy of its own there, which vLLM makes when it starts and never again.
             head.quant_method.process_weights_after_loading(head)
 
+    @property
+    def _adapters(self) -> Any:
+        return self.model_runner.lora_manager._adapter_manager
+
+    def modules_left_out(self, adapter_id: int) -> list[str]:
+        """What the adapter under this number changes and the model has not, by name: vLLM reads it and does not say."""
+        return sorted(set(self._adapters.get_adapter(adapter_id).loras) - set(self._adapters.modules))
+
     def held_adapter_digest(self, adapter_id: int) -> str | None:
         """Digest of the tensors under this number; None if there is no such adapter."""
-        held = self.model_runner.lora_manager._adapter_manager.get_adapter(adapter_id)
+        held = self._adapters.get_adapter(adapter_id)
         if held is None:
             return None
         pairs = [pair for weights in held.loras.values() for pair in _pairs(weights)]

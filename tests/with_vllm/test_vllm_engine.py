@@ -1,11 +1,13 @@
 """vLLM's engine on SmolLM2: answers, seeds, log-probabilities, adapters."""
 
 import random
+import shutil
 
 import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 
 from erpo_core.errors import RunError
 from erpo_core.generation.adapters import digest_of, scaled_pairs
@@ -81,7 +83,7 @@ def test_the_same_seed_gives_the_same_answers_and_another_seed_gives_others(ask)
 
 def test_where_requests_have_seeds_no_two_answers_share_one():
     engine = object.__new__(VLLMEngine)
-    engine._on_cuda, engine._max_model_len, engine._logps = True, 64, False
+    engine._on_cuda, engine.max_model_len, engine._logps = True, 64, False
     calls = [engine._call([[1, 2], [1, 2], [3]], 8, 1.0, 1.0, 0, 8, [0], seed) for seed in (7, 8)]
     seeds = [params.seed + j for call in calls for _, params in call.requests for j in range(8)]
     assert len(set(seeds)) == 2 * 3 * 8
@@ -197,6 +199,16 @@ def test_an_adapter_that_vllm_cannot_serve_is_refused(engine, smollm2, tmp_path)
     get_peft_model(model, config).save_pretrained(tmp_path / "dora")
     with pytest.raises(RunError, match="DoRA") as caught:
         engine.load_adapter(tmp_path / "dora")
+    assert caught.value.code == "adapter_unsupported"
+
+
+def test_an_adapter_whose_modules_the_model_has_under_other_names_is_refused(engine, adapters, tmp_path):
+    weights = load_file(adapters[0] / "adapter_model.safetensors")
+    renamed = {name.replace(".model.layers.", ".model.language_model.layers."): each for name, each in weights.items()}
+    shutil.copy(adapters[0] / "adapter_config.json", tmp_path)
+    save_file(renamed, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(RunError, match=r"leave out \d+ modules.*language_model") as caught:
+        engine.load_adapter(tmp_path)
     assert caught.value.code == "adapter_unsupported"
 
 
