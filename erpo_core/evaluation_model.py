@@ -17,6 +17,7 @@ from erpo_core.job import JobInputs
 from erpo_core.models import (
     adapter_digest,
     adapter_folder,
+    context_length,
     default_device,
     default_dtype,
     load_tokenizer,
@@ -113,7 +114,7 @@ class EvaluatedModel:
 def _check_places(path: Path, tasks: Sequence[Any], spec: EvaluateSpec) -> None:
     from transformers import AutoConfig
 
-    places = getattr(AutoConfig.from_pretrained(path, trust_remote_code=False), "max_position_embeddings", None)
+    places = context_length(AutoConfig.from_pretrained(path, trust_remote_code=False))
     if places is not None:
         check_room(tasks, spec.sampling.max_completion_length, places, "the model's places:")
 

@@ -174,6 +174,11 @@ def _in_4bit(dtype: Any, device: str) -> dict[str, Any]:
     return {"quantization_config": settings, "device_map": {"": torch.cuda.current_device()}}
 
 
+def context_length(config: Any) -> int | None:
+    """Tokens that a model has places for; None where its configuration does not say."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
 def load_tokenizer(path: Path) -> Any:
     """The tokenizer of a model folder, with a padding token, padding on the left."""
     from transformers import AutoTokenizer

@@ -17,7 +17,7 @@ from erpo_core.generation.base import watch_and_leave
 from erpo_core.generation.seeds import mixed_seed
 from erpo_core.generation.transformers import TransformersEngine
 from erpo_core.job import JobInputs, Stop, leaves_early
-from erpo_core.models import load_policy
+from erpo_core.models import context_length, load_policy
 from erpo_core.prompts import prompt_ids, stop_token_ids
 from erpo_core.records import Completions, Progress, Result, Sink
 from erpo_core.resolved import report_resolved
@@ -98,7 +98,7 @@ def _check(spec: BranchSpec, source: dict[str, Any], model: Any, info: dict[str,
             pointer="/model",
             mend="name the model that wrote the sequence, or a checkpoint trained from it",
         )
-    room = getattr(model.config, "max_position_embeddings", None)
+    room = context_length(model.config)
     left = None if room is None else room - prompt_tokens - spec.position - 1
     if left is not None and spec.sampling.max_completion_length > left:
         raise SpecError(

@@ -29,7 +29,7 @@ from erpo_core.generation.base import watch_and_leave
 from erpo_core.generation.transformers import TransformersEngine
 from erpo_core.job import JobInputs, Stop, leave_if_asked, leaves_early
 from erpo_core.memory import SMALL_MODEL, count_parameters
-from erpo_core.models import load_policy, prepare_model
+from erpo_core.models import context_length, load_policy, prepare_model
 from erpo_core.prompts import stop_token_ids
 from erpo_core.records import Progress, Result, Sink
 from erpo_core.resolved import report_resolved
@@ -60,7 +60,7 @@ def run_entropy(spec: EntropySpec, inputs: JobInputs, sink: Sink, stop: Stop) ->
     problems = problems_of(spec, inputs, tokenizer)
     resolved = {"model": info, "prompts_digest": problems_digest(problems), "versions": versions}
     report_resolved(sink, inputs, resolved | {"stored_answers": len(stored)})
-    room = getattr(model.config, "max_position_embeddings", None)
+    room = context_length(model.config)
     if problems:
         check_room(spec, problems, room)
         total = len(problems) * spec.num_samples

@@ -22,6 +22,7 @@ from erpo_core.errors import RunError, SpecError
 from erpo_core.generation.base import Engine, Sample
 from erpo_core.generation.seeds import mixed_seed
 from erpo_core.job import JobInputs
+from erpo_core.models import context_length
 from erpo_core.prompts import prompt_ids, stop_token_ids
 from erpo_core.records import Completions, Progress, Sink
 from erpo_core.rewards.verify import Verifier
@@ -156,7 +157,7 @@ class CaseFinder:
         return tried, [row for found in rows for row in found]
 
     def _check_room(self, prompt_tokens: int) -> None:
-        room = getattr(self.model.config, "max_position_embeddings", None)
+        room = context_length(self.model.config)
         length = self.spec.sampling.max_completion_length
         if room is not None and prompt_tokens + 2 * length > room:
             raise SpecError(

@@ -324,6 +324,9 @@ class ERPOTrainer(ShardedWeights, ZeroParts, WholeCheckpoints, SampledAnswers, T
         kind = self.accelerator.distributed_type
         if kind not in _LAYOUTS:
             raise ValueError(f"distributed_type: {kind.value} is not supported; use DDP, FSDP2, or DeepSpeed's ZeRO")
+        configs = getattr(self._policy, "peft_config", {}).values()
+        if kind == DistributedType.FSDP and any(getattr(each, "trainable_token_indices", None) for each in configs):
+            raise ValueError("peft_config: trainable_token_indices is not supported with FSDP2; use DDP or ZeRO")
 
 
 def _check_arguments(args: ERPOConfig, given: dict[str, Any]) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from erpo_core.errors import RunError
 from erpo_core.generation.adapters import digest_of, scaled_pairs
 from erpo_core.generation.base import Engine
+from erpo_core.models import context_length
 from erpo_core.trainer.probe import Probe
 from erpo_core.trainer.reference import fingerprint_of
 from erpo_core.trainer.sampling import Sampler
@@ -49,7 +50,7 @@ def make_vllm_sampler(args: Any, policy: Any, tokenizer: Any, accelerator: Accel
     engine = VLLMEngine(
         policy.config._name_or_path,
         dtype=str(dtype).removeprefix("torch."),
-        max_model_len=args.vllm_max_model_length or policy.config.max_position_embeddings,
+        max_model_len=args.vllm_max_model_length or context_length(policy.config),
         max_lora_rank=policy.peft_config["default"].r if is_adapter else None,
         logps=True,
         gpu_memory_utilization=args.vllm_gpu_memory_utilization,
@@ -162,6 +163,8 @@ class ServerSampler:
         self._folders = VersionFolders(folder)
         self._probe = Probe(server, probe)
         self._run = broadcast_object_list([uuid.uuid4().hex[:12]])[0]
+        self._held: str | None = None
+        """The adapter that this process, the first one, has to have forgotten."""
         accelerator.wait_for_everyone()  # all have emptied the folder before the first one writes
         self._sent: str | None = None
 
@@ -189,25 +192,25 @@ class ServerSampler:
     def close(self) -> None:
         """Have the server forget the last adapter, and remove its folder. A server that is gone has forgotten it."""
         self._sent = None
-        if self._accelerator.is_main_process and self._folders.version:
+        if self._held:
             with suppress(RunError):
-                self.engine.unload_adapter(self._name())
+                self.engine.unload_adapter(self._held)
+            self._held = None
+        if self._accelerator.is_main_process:
             self._folders.remove()
 
     def _send(self, policy: Any) -> None:
-        before = self._name()
+        before, first = self._held, self._accelerator.is_main_process
         with self._folders.next() as folder:
-            first = self._accelerator.is_main_process
+            name = f"erpo-{self._run}-{self._folders.version}"
             write_adapter(policy, folder, keep=first)
             if first:
-                self.engine.load_adapter(folder, self._name())
+                self.engine.load_adapter(folder, name)
+                self._held = name
             self._accelerator.wait_for_everyone()
-        self.engine.use_adapter(self._name())
-        if first:
+        self.engine.use_adapter(name)
+        if before:
             self.engine.unload_adapter(before)
-
-    def _name(self) -> str:
-        return f"erpo-{self._run}-{self._folders.version}"
 
 
 class VersionFolders:

@@ -75,6 +75,23 @@ def test_a_server_forgets_the_last_adapter_and_its_folder_goes(policy, tmp_path)
     assert not folder.exists()
 
 
+def test_a_server_that_does_not_take_a_version_forgets_the_one_before(policy, tmp_path, monkeypatch):
+    server = Server(policy)
+    sampler = ServerSampler(server, tmp_path / "adapters", Accelerator(cpu=True), PROBE)
+    sampler(policy)
+    sampler._sent = None
+
+    def refuse(*_):
+        raise RunError("no room", code="engine_unavailable")
+
+    monkeypatch.setattr(server, "load_adapter", refuse)
+    with pytest.raises(RunError, match="no room"):
+        sampler(policy)
+    assert len(server.held) == 1
+    sampler.close()
+    assert server.held == set()
+
+
 @pytest.mark.parametrize(
     "more", [{"alpha_pattern": {"q_proj": 32}}, {"rank_pattern": {"q_proj": 2}}, {"lora_bias": True}]
 )

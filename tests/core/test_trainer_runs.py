@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from accelerate import DistributedType
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from test_families import PACKED, make
@@ -331,6 +332,14 @@ def test_a_processor_of_images_is_refused_by_name(tiny, tmp_path):
     with pytest.raises(ValueError, match=r"processing_class: .* give its tokenizer"):
         ERPOTrainer(model, even_ids, args, dataset, processing_class=processor)
     ERPOTrainer(model, even_ids, args, dataset, processing_class=processor.tokenizer)
+
+
+def test_trained_tokens_are_refused_by_name_where_fsdp2_would_shard_them(tiny, tmp_path):
+    trainer = make_trainer(tiny, tmp_path, peft=LoraConfig(r=4, trainable_token_indices=[3]))
+    sharded = SimpleNamespace(distributed_type=DistributedType.FSDP)
+    of_fsdp2 = SimpleNamespace(args=trainer.args, accelerator=sharded, _policy=trainer._policy)
+    with pytest.raises(ValueError, match="trainable_token_indices is not supported with FSDP2"):
+        ERPOTrainer._check_layout(of_fsdp2)
 
 
 def test_dynamic_sampling_of_a_stream_is_refused_by_name(tmp_path):
