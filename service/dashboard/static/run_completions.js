@@ -45,14 +45,15 @@ export class Completions {
 
   row(row, evaluation, named) {
     const verdict = row.verdict || (row.rewards?.accuracy > 0 ? "right" : "wrong");
-    const rewards = named.map((name) => `${name} ${number(row.rewards?.[name])}`).join(", ");
+    const extra = Object.entries(row.extra || {}).map(([name, value]) => `${name} ${value}`);
+    const told = [...named.map((name) => `${name} ${number(row.rewards?.[name])}`), ...extra].join(", ");
     return el("tr", {},
       el("td", { class: "mark" }, verdictMark(verdict)),
       el("td", { class: "clipped", title: row.prompt }, lastLine(row.problem || row.prompt || row.prompt_id)),
       el("td", { class: "answer" }, visible(row.completion || ""), row.truncated ? el("span", { class: "tag" }, "cut") : null),
       el("td", { class: "mono clipped" }, row.gold ?? ""),
       el("td", { class: "num" }, number(row.num_tokens)),
-      ...(evaluation ? [] : [el("td", { class: "num", title: rewards }, number(row.reward)), el("td", { class: "num" }, number(row.advantage))]));
+      ...(evaluation ? [] : [el("td", { class: "num", title: told }, number(row.reward)), el("td", { class: "num" }, number(row.advantage))]));
   }
 }
 
