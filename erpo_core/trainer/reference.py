@@ -48,16 +48,27 @@ class Reference:
         """The reference as a model, for as long as the policy is not used."""
         if self._frozen is not None:
             yield self._frozen
-        elif self._adapter is None:
-            with _evaluating(policy), policy.disable_adapter():
+            return
+        # PEFT says of the parameters that it finds whether they are trained; FSDP2 goes by the parts.
+        sharding.reshard(policy)
+        with _evaluating(policy), self._switched(policy):
+            try:
                 yield policy
-        else:
-            with _evaluating(policy):
-                policy.set_adapter(self._adapter)
-                try:
-                    yield policy
-                finally:
-                    policy.set_adapter(POLICY_ADAPTER)
+            finally:
+                sharding.reshard(policy)
+
+    @contextmanager
+    def _switched(self, policy: Any) -> Iterator[None]:
+        """The policy's adapter is off, and that of the reference on, if there is one."""
+        if self._adapter is None:
+            with policy.disable_adapter():
+                yield
+            return
+        policy.set_adapter(self._adapter)
+        try:
+            yield
+        finally:
+            policy.set_adapter(POLICY_ADAPTER)
 
     def fingerprint(self, policy: Any) -> str:
         """Of every weight that must never change: a read of the memory, no copy of it. All ranks must ask for it."""

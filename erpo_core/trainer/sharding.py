@@ -52,6 +52,8 @@ class ShardedWeights:
             self.accelerator.gradient_state.plugin_kwargs["sync_each_batch"] = True
 
     def _prepare_for_training(self, *args, **kwargs):
+        if self.is_fsdp_enabled:
+            _name_layers(self.accelerator.state.fsdp_plugin, self.model)
         prepared = super()._prepare_for_training(*args, **kwargs)
         if isinstance(self.model, FSDPModule):
             self._reference.shard(lambda model: fsdp2_prepare_model(self.accelerator, model))
@@ -200,6 +202,14 @@ def _sharded_as(parameter: Tensor, value: Any) -> Any:
 def _reshards_after_forward(part: FSDPModule) -> bool:
     groups = part._get_fsdp_state()._fsdp_param_groups  # there is no public way to read it
     return any(group.post_forward_mesh_info is not None for group in groups)
+
+
+def _name_layers(plugin: FullyShardedDataParallelPlugin, model: Any) -> None:
+    """Those that the model names and has: one of a family that also reads images names the layers of the others, which
+    accelerate would not find."""
+    if plugin.transformer_cls_names_to_wrap is None:
+        present = {type(module).__name__ for module in model.modules()}
+        plugin.transformer_cls_names_to_wrap = sorted(present.intersection(model._no_split_modules or ()))
 
 
 def _check(plugin: FullyShardedDataParallelPlugin) -> None:

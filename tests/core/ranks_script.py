@@ -84,12 +84,14 @@ REWARDS = {
 
 
 def policy(folder: str, tuning: str):
-    """``lora`` (the trainer adds it), ``untied`` (the same, with a head of its own), ``full``, or ``warm``: an adapter
+    """``lora`` (the trainer adds it), ``untied`` (the same, with a head of its own, of a family that also names
+    layers which it has where it reads images), ``full``, or ``warm``: an adapter
     that was trained before, which makes the reference an adapter as well."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     if tuning == "untied":
         model.config.tie_word_embeddings = False
         model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+        model._no_split_modules = [*model._no_split_modules, "VisionBlock"]
     if tuning != "warm":
         return model
     torch.manual_seed(5)

@@ -112,6 +112,10 @@ CASES = {
         {"name": "leave", "kind": "leave"},
         an_sft("sft, every weight", None, strategy="fsdp2", **TWO),
     ],
+    "fsdp2, layers kept whole": [
+        an_update("whole groups", "8,1,1,erpo,group"),
+        an_update("trained adapter", "4,2,2,erpo,ema", tuning="warm"),
+    ],
     "zero2": [
         an_update("whole groups", "8,1,1,erpo,group"),
         an_update("clipped", "4,2,2,erpo,group", **CLIPPED),
@@ -149,6 +153,7 @@ LAUNCHERS = {
     "ddp": launcher("ddp", 2),
     "three": launcher("ddp", 3),
     "fsdp2": launcher("fsdp2", 2),
+    "fsdp2, layers kept whole": [*launcher("fsdp2", 2), "--fsdp_reshard_after_forward", "false"],
     "zero2": launcher("zero2", 2),
     "zero3": launcher("zero3", 2),
     "zero3, parted": launcher("ddp", 2),
@@ -211,6 +216,8 @@ def result(folder: Path) -> tuple[dict[str, torch.Tensor], list[dict], bool]:
         ("unjudged", "fsdp2", "unjudged"),
         ("unjudged, every weight", "fsdp2", "unjudged, every weight"),
         ("dead groups, no KL term", "fsdp2", "dead groups, no KL term"),
+        ("adapter", "fsdp2, layers kept whole", "whole groups"),
+        ("trained adapter", "fsdp2, layers kept whole", "trained adapter"),
         ("adapter", "zero2", "whole groups"),
         ("clipped", "zero2", "clipped"),
         ("every weight", "zero2", "every weight"),
@@ -230,7 +237,14 @@ def result(folder: Path) -> tuple[dict[str, torch.Tensor], list[dict], bool]:
 def test_one_update_whatever_the_ranks_and_the_shards(launched, tiny, whole, strategy, split):
     weights, logs, _ = result(launched("one") / whole)
     found, again, sharded = result(launched(strategy) / split)
-    shards = {"fsdp2": "FSDP2", "zero2": "ZeRO-2", "zero3": "ZeRO-3", "zero3, parted": "ZeRO-3", "three": "ZeRO-3"}
+    shards = {
+        "fsdp2": "FSDP2",
+        "fsdp2, layers kept whole": "FSDP2",
+        "zero2": "ZeRO-2",
+        "zero3": "ZeRO-3",
+        "zero3, parted": "ZeRO-3",
+        "three": "ZeRO-3",
+    }
     assert sharded == shards.get(strategy)
     same_weights(weights, found)
     for one, two in zip(logs, again, strict=True):
