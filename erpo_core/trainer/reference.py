@@ -3,7 +3,7 @@
 import copy
 import hashlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -49,26 +49,8 @@ class Reference:
         if self._frozen is not None:
             yield self._frozen
             return
-        # PEFT says of the parameters that it finds whether they are trained; FSDP2 goes by the parts.
-        sharding.reshard(policy)
-        with _evaluating(policy), self._switched(policy):
-            try:
-                yield policy
-            finally:
-                sharding.reshard(policy)
-
-    @contextmanager
-    def _switched(self, policy: Any) -> Iterator[None]:
-        """The policy's adapter is off, and that of the reference on, if there is one."""
-        if self._adapter is None:
-            with policy.disable_adapter():
-                yield
-            return
-        policy.set_adapter(self._adapter)
-        try:
-            yield
-        finally:
-            policy.set_adapter(POLICY_ADAPTER)
+        with _evaluating(policy), adapted_by(policy, self._adapter):
+            yield policy
 
     def fingerprint(self, policy: Any) -> str:
         """Of every weight that must never change: a read of the memory, no copy of it. All ranks must ask for it."""
@@ -151,6 +133,21 @@ def _copy_adapter(model) -> None:
             copied = model.get_parameter(twin)
             copied.data.copy_(parameter.data)
             copied.requires_grad_(False)
+
+
+@contextmanager
+def adapted_by(policy: Any, adapter: str | None) -> Iterator[None]:
+    """The policy's adapter is off, and this one on, if there is one."""
+    # PEFT says of the parameters that it finds whether they are trained; FSDP2 goes by the parts.
+    sharding.reshard(policy)
+    with ExitStack() as back:
+        if adapter is None:
+            back.enter_context(policy.disable_adapter())
+        else:
+            policy.set_adapter(adapter)
+            back.callback(policy.set_adapter, POLICY_ADAPTER)
+        back.callback(sharding.reshard, policy)
+        yield
 
 
 @contextmanager

@@ -120,10 +120,10 @@ def reference_states(reference: Any, policy: Any, rollouts: Rollouts, *, packed:
 def _has_one_head(reference: Any, policy: Any) -> bool:
     """Whether both score with one weight, now and where the policy's adapter is on."""
     head = policy.get_output_embeddings()
-    return head is reference.get_output_embeddings() and not _depends_on_adapter(head)
+    return head is reference.get_output_embeddings() and not depends_on_adapter(head)
 
 
-def _depends_on_adapter(head: Any) -> bool:
+def depends_on_adapter(head: Any) -> bool:
     """Whether PEFT trains it (`modules_to_save`, tied `trainable_token_indices`): then it is the original one for as
     long as the adapter is off."""
     from peft.utils.other import AuxiliaryTrainingWrapper
@@ -168,7 +168,7 @@ def _whole_head(model: Any) -> Any:
     """
     head = model.get_output_embeddings()
     if isinstance(head.weight, DTensor):  # not tied, and below an adapter: FSDP2 would gather it when it is called
-        if _depends_on_adapter(head):
+        if depends_on_adapter(head):
             raise ValueError("modules_to_save: a trained head is not supported with FSDP2; use DDP or ZeRO")
         head.unshard()
     return head

@@ -33,6 +33,7 @@ from erpo_core.trainer.rollouts import SampledAnswers
 from erpo_core.trainer.rows import stack_rows
 from erpo_core.trainer.sampling import make_sampler
 from erpo_core.trainer.saving import RotateCheckpoints, WholeCheckpoints
+from erpo_core.trainer.scoring import depends_on_adapter
 from erpo_core.trainer.sharding import ShardedWeights
 from erpo_core.trainer.state import RunState
 from erpo_core.trainer.totals import Totals
@@ -324,9 +325,8 @@ class ERPOTrainer(ShardedWeights, ZeroParts, WholeCheckpoints, SampledAnswers, T
         kind = self.accelerator.distributed_type
         if kind not in _LAYOUTS:
             raise ValueError(f"distributed_type: {kind.value} is not supported; use DDP, FSDP2, or DeepSpeed's ZeRO")
-        configs = getattr(self._policy, "peft_config", {}).values()
-        if kind == DistributedType.FSDP and any(getattr(each, "trainable_token_indices", None) for each in configs):
-            raise ValueError("peft_config: trainable_token_indices is not supported with FSDP2; use DDP or ZeRO")
+        if kind == DistributedType.FSDP:
+            _check_sharded(self._policy)
 
 
 def _check_arguments(args: ERPOConfig, given: dict[str, Any]) -> None:
@@ -341,3 +341,11 @@ def _check_arguments(args: ERPOConfig, given: dict[str, Any]) -> None:
         raise ValueError("dynamic_sampling: prompts of a stream cannot be drawn; give a Dataset, or write False")
     if getattr(given.get("peft_config"), "lora_dropout", 0):
         raise ValueError("peft_config: lora_dropout does nothing, scoring is without dropout; write 0")
+
+
+def _check_sharded(policy: Any) -> None:
+    for config in getattr(policy, "peft_config", {}).values():
+        if config.trainable_token_indices:
+            raise ValueError("peft_config: trainable_token_indices is not supported with FSDP2; use DDP or ZeRO")
+    if policy.config.get_text_config().tie_word_embeddings and depends_on_adapter(policy.get_input_embeddings()):
+        raise ValueError("peft_config: modules_to_save of tied embeddings is not supported with FSDP2; use DDP or ZeRO")

@@ -18,7 +18,7 @@ from erpo_core.generation.adapters import digest_of, scaled_pairs
 from erpo_core.generation.base import Engine
 from erpo_core.models import context_length
 from erpo_core.trainer.probe import Probe
-from erpo_core.trainer.reference import fingerprint_of
+from erpo_core.trainer.reference import adapted_by, fingerprint_of
 from erpo_core.trainer.sampling import Sampler
 from erpo_core.trainer.sharding import is_sharded, whole, whole_weights
 
@@ -83,7 +83,7 @@ class AdapterSampler:
                 ``adapter_unsupported``.
         """
         if not self._folders.version:
-            with policy.disable_adapter():
+            with adapted_by(policy, None):
                 self._probe.check(
                     policy,
                     f"the base model, which it has loaded from {policy.config._name_or_path}",
@@ -178,7 +178,7 @@ class ServerSampler:
         digest = policy_digest(policy, torch.float32)
         if digest != self._sent:
             if not self._folders.version:
-                with policy.disable_adapter():
+                with adapted_by(policy, None):
                     self._probe.remember(policy, "the base model")
             self._send(policy)
             self._probe.check(

@@ -334,11 +334,12 @@ def test_a_processor_of_images_is_refused_by_name(tiny, tmp_path):
     ERPOTrainer(model, even_ids, args, dataset, processing_class=processor.tokenizer)
 
 
-def test_trained_tokens_are_refused_by_name_where_fsdp2_would_shard_them(tiny, tmp_path):
-    trainer = make_trainer(tiny, tmp_path, peft=LoraConfig(r=4, trainable_token_indices=[3]))
+@pytest.mark.parametrize(("option", "value"), [("trainable_token_indices", [3]), ("modules_to_save", ["embed_tokens"])])
+def test_what_fsdp2_cannot_shard_is_refused_by_name(tiny, tmp_path, option, value):
+    trainer = make_trainer(tiny, tmp_path, peft=LoraConfig(r=4, **{option: value}))
     sharded = SimpleNamespace(distributed_type=DistributedType.FSDP)
     of_fsdp2 = SimpleNamespace(args=trainer.args, accelerator=sharded, _policy=trainer._policy)
-    with pytest.raises(ValueError, match="trainable_token_indices is not supported with FSDP2"):
+    with pytest.raises(ValueError, match=f"{option} .*not supported with FSDP2"):
         ERPOTrainer._check_layout(of_fsdp2)
 
 
