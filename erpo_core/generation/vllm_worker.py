@@ -14,10 +14,8 @@ class PolicyWorker:
     def read_weights(self, folder: str) -> None:
         """Take the safetensors of this folder in place of every weight."""
         self.model_runner.reload_weights(weights_path=folder)
-        head = getattr(self.model_runner.get_model(), "lm_head", None)
-        if self.device.type == "cpu" and hasattr(head, "quant_method"):
-            # A tied head computes with a packed copy of its own there, which vLLM makes when it starts and never again.
-            head.quant_method.process_weights_after_loading(head)
+        if self.device.type == "cpu":
+            _lay_out(self.model_runner.get_model())
 
     @property
     def _adapters(self) -> Any:
@@ -34,6 +32,18 @@ class PolicyWorker:
             return None
         pairs = [pair for weights in held.loras.values() for pair in _pairs(weights)]
         return digest_of(scaled_pairs(pairs, pairs[0][0].dtype))
+
+
+def _lay_out(model: Any) -> None:
+    """Bring weights into the layout that vLLM's kernels for CPUs read, which it does when it starts and never again: of
+    a tied head, which computes with a packed copy, and of experts."""
+    head = getattr(model, "lm_head", None)
+    if hasattr(head, "quant_method"):
+        head.quant_method.process_weights_after_loading(head)
+    for layer in model.modules():
+        kernel = getattr(getattr(layer, "quant_method", None), "moe_kernel", None)
+        if kernel is not None:
+            kernel.fused_experts.process_weights_after_loading(layer)
 
 
 def _pairs(weights: Any) -> Iterator[tuple[Tensor, Tensor, float]]:

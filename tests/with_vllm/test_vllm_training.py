@@ -8,8 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from peft import LoraConfig, get_peft_model
-from transformers import Olmo2Config, Olmo2ForCausalLM
+from transformers import AutoModelForCausalLM, Olmo2Config, Qwen3MoeConfig
 
 from erpo_core.errors import RunError
 from erpo_core.generation.vllm import VLLMEngine
@@ -124,17 +125,32 @@ def test_a_step_on_the_weights_of_the_step_before_is_refused(train, monkeypatch)
     assert len(loaded) == 2
 
 
-def test_a_family_that_vllm_takes_from_transformers_is_trained(tiny, tmp_path):
+def like(tiny: Path, folder: Path, config_type: type, **changes) -> Path:
+    """The tiny model's sizes and tokenizer with random weights of another family."""
     shape = json.loads((tiny / "config.json").read_text())
     names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     sizes = {name: shape[name] for name in (*names, "num_key_value_heads", "eos_token_id", "pad_token_id")}
-    folder = tmp_path / "olmo2"
     shutil.copytree(tiny, folder, ignore=shutil.ignore_patterns("*config.json", "*.safetensors"))
-    Olmo2ForCausalLM(Olmo2Config(**sizes, bos_token_id=None, max_position_embeddings=4096)).save_pretrained(folder)
+    config = config_type(**sizes, bos_token_id=None, max_position_embeddings=4096, **changes)
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
     shutil.copy(tiny / "tokenizer_config.json", folder)
-    records = run(folder, tmp_path)
-    steps = steps_of(records)
+    return folder
+
+
+def test_a_family_that_vllm_takes_from_transformers_is_trained(tiny, tmp_path):
+    steps = steps_of(run(like(tiny, tmp_path / "olmo2", Olmo2Config), tmp_path))
     assert len(steps) == 2
+    assert all(values["sampling/logp_difference_max"] < 1e-3 for values in steps)
+
+
+def test_the_experts_of_a_model_that_is_trained_whole_follow(tiny, tmp_path):
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    cleanup_dist_env_and_memory()  # an engine without experts leaves this process no group for them
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "initializer_range": 0.2}
+    mixture = like(tiny, tmp_path / "mixture", Qwen3MoeConfig, head_dim=32, **experts)
+    steps = steps_of(run(mixture, tmp_path, lora=None, learning_rate=1e-3, max_steps=3))
+    assert len(steps) == 3
     assert all(values["sampling/logp_difference_max"] < 1e-3 for values in steps)
 
 
