@@ -4,6 +4,7 @@ import math
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn.functional import linear
 
 from erpo_core.logits import LogitForm
@@ -45,24 +46,55 @@ def check_head(model: Any) -> None:
     Raises:
         ValueError: they are not, so that scores would be wrong.
     """
-    if "_has_known_logits" in vars(model) or any(hasattr(weight, "ds_tensor") for weight in model.parameters()):
+    if "_has_known_logits" in vars(model) or _is_sharded(model):
         return
     body, head, caught = body_of(model), model.get_output_embeddings(), []
-    ids = torch.arange(3, 19, device=next(body.parameters()).device) % body.config.vocab_size
     watch = body.register_forward_hook(lambda *call: caught.append(call[2].last_hidden_state[0].float()))
-    training = model.training
     try:
-        wanted = model.eval()(input_ids=ids[None], use_cache=False).logits[0, :, :_WORDS].float()
+        wanted = _trial_logits(model, training=False)
     finally:
         watch.remove()
-        model.train(training)
     bias = getattr(head, "bias", None)
     products = linear(caught[0], head.weight[:_WORDS].float(), None if bias is None else bias[:_WORDS].float())
-    found = logit_form(model.config).of(products)
-    apart = ((found - wanted).norm() / wanted.norm()).item()
+    apart = _apart(logit_form(model.config).of(products), wanted)
     if not apart <= _ROUNDING.get(head.weight.dtype, _ROUNDING_ELSE):
         raise ValueError(
             f"model: {type(model).__name__} changes its logits after the head in a way that is not known (they are "
             f"{apart:.2g} of their length apart), which is not supported"
         )
     model._has_known_logits = True
+
+
+@torch.no_grad()
+def check_training_mode(model: Any) -> None:
+    """Try whether a model says in training mode, which gradient checkpointing wants, what it says otherwise.
+
+    Raises:
+        ValueError: it does not: its router draws experts, say.
+    """
+    if _is_sharded(model):
+        return
+    apart = _apart(_trial_logits(model, training=True), _trial_logits(model, training=False))
+    if not apart <= _ROUNDING_ELSE:
+        raise ValueError(
+            f"gradient_checkpointing: {type(model).__name__} gives other logits in training mode ({apart:.2g} of their "
+            "length apart); write False"
+        )
+
+
+def _is_sharded(model: Any) -> bool:
+    return any(hasattr(weight, "ds_tensor") for weight in model.parameters())
+
+
+def _trial_logits(model: Any, *, training: bool) -> Tensor:
+    """(16, words) float32."""
+    body, before = body_of(model), model.training
+    ids = torch.arange(3, 19, device=next(body.parameters()).device) % body.config.vocab_size
+    try:
+        return model.train(training)(input_ids=ids[None], use_cache=False).logits[0, :, :_WORDS].float()
+    finally:
+        model.train(before)
+
+
+def _apart(found: Tensor, wanted: Tensor) -> float:
+    return ((found - wanted).norm() / wanted.norm()).item()

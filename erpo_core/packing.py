@@ -31,6 +31,8 @@ _SHORT_ROW = {"cpu": 0, "cuda": 4096}
 _ROUNDING = 0.1
 """Of the length of hidden states: as far as bfloat16 may move them in a deep model."""
 _NARROW = 3
+_SPARSE = ("index_topk", "index_topk_blocks")
+"""Of configurations whose attention chooses what it sees where rows are longer than those that are tried."""
 _ALIGNED = 16
 """Elements: attention kernels take rows of a mask that begin at a multiple of it."""
 
@@ -215,7 +217,8 @@ def _narrowed(body: Any) -> Iterator[None]:
 
 def _looks_plain(body: Any) -> bool:
     known = {"full_attention", "sliding_attention"}.issuperset(getattr(body.config, "layer_types", None) or ())
-    return known and bool(getattr(body, "_supports_attention_backend", False))
+    sparse = any(getattr(body.config, name, None) is not None for name in _SPARSE)
+    return known and not sparse and bool(getattr(body, "_supports_attention_backend", False))
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ from datasets import IterableDataset
 from torch import Tensor
 from trl import GRPOTrainer
 
-from erpo_core.heads import body_of, check_head
+from erpo_core.heads import body_of, check_head, check_training_mode
 from erpo_core.loss import LossTerms, erpo_loss, importance_ratios
 from erpo_core.metric_names import told_apart
 from erpo_core.models import widen_adapters, without_dropout
@@ -90,6 +90,8 @@ class ERPOTrainer(ShardedWeights, ZeroParts, WholeCheckpoints, SampledAnswers, T
         widen_adapters(self._policy)
         without_dropout(self._policy)
         check_head(self._policy)
+        if args.gradient_checkpointing:
+            check_training_mode(self._policy)
         self.beta = args.beta
         self.reward_func_names = told_apart(self.reward_func_names)
         self._check_layout()

@@ -6,7 +6,7 @@ from datasets import Dataset
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from erpo_core import ERPOConfig, ERPOTrainer
-from erpo_core.heads import check_head, logit_form
+from erpo_core.heads import check_head, check_training_mode, logit_form
 from erpo_core.logits import LogitForm
 from tiny_model import make_tiny_model, make_tiny_tokenizer
 
@@ -29,6 +29,16 @@ def test_the_configuration_says_what_becomes_of_the_heads_products(family):
     assert logit_form(CONFIG_MAPPING[family](**changes)) == form
 
 
+def trainer_of(model, folder, **settings) -> ERPOTrainer:
+    return ERPOTrainer(
+        model,
+        lambda completions, **_: [0.0] * len(completions),
+        ERPOConfig(str(folder), use_cpu=True, **settings),
+        train_dataset=Dataset.from_dict({"prompt": ["1+1="]}),
+        processing_class=make_tiny_tokenizer(),
+    )
+
+
 class Louder(torch.nn.Linear):
     """A head whose product is not its weight's."""
 
@@ -45,10 +55,15 @@ def test_a_model_whose_logits_are_changed_otherwise_is_refused_before_anything_i
     model.lm_head = louder
     del model._has_known_logits
     with pytest.raises(ValueError, match=r"model: .* changes its logits after the head in a way that is not known"):
-        ERPOTrainer(
-            model,
-            lambda completions, **_: [0.0] * len(completions),
-            ERPOConfig(str(tmp_path), use_cpu=True),
-            train_dataset=Dataset.from_dict({"prompt": ["1+1="]}),
-            processing_class=make_tiny_tokenizer(),
-        )
+        trainer_of(model, tmp_path)
+
+
+def test_a_model_that_draws_in_training_mode_is_refused_with_gradient_checkpointing(tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(make_tiny_model(tmp_path / "tiny"))
+    check_training_mode(model)
+    model.model.norm.register_forward_hook(
+        lambda norm, _, states: states + torch.randn_like(states) if norm.training else states
+    )
+    trainer_of(model, tmp_path, gradient_checkpointing=False)
+    with pytest.raises(ValueError, match=r"gradient_checkpointing: .* write False"):
+        trainer_of(model, tmp_path, gradient_checkpointing=True)
