@@ -2,8 +2,8 @@
 
 import shutil
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,8 @@ from erpo_core.trainer.sharding import goes_in_step, is_sharded, load_whole_stat
 from erpo_core.trainer.state import RunState
 
 _STAGING = ".saving"
+_FULL = 2**20
+"""Bytes that are left: what was written last did not fit."""
 
 
 class WholeCheckpoints:
@@ -75,10 +77,13 @@ class WholeCheckpoints:
         if self.is_world_process_zero():
             shutil.rmtree(staging, ignore_errors=True)
         self.accelerator.wait_for_everyone()
-        super()._save_checkpoint(model, trial)
-        self.accelerator.wait_for_everyone()
-        if not self.is_world_process_zero():
-            return
+        with _telling_a_full_disk(staging, step):
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            if self.is_world_process_zero():
+                self._publish(staging, step)
+
+    def _publish(self, staging: Path, step: int) -> None:
         written = checkpoints.checkpoint_folder(staging, step)
         reward = next((entry["reward"] for entry in reversed(self.state.log_history) if "reward" in entry), None)
         self.run_state.checkpoint_rewards[str(step)] = float("-inf") if reward is None else reward
@@ -208,3 +213,20 @@ class RotateCheckpoints(TrainerCallback):
     def on_save(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
             self._trainer.rotate_checkpoints()
+
+
+@contextmanager
+def _telling_a_full_disk(staging: Path, step: int) -> Iterator[None]:
+    """Libraries say it in many ways, or not at all. What did not fit goes, so that the disk can be written again."""
+    try:
+        yield
+    except Exception as error:
+        place = next(folder for folder in staging.parents if folder.exists())
+        if shutil.disk_usage(place).free > _FULL:
+            raise
+        shutil.rmtree(staging, ignore_errors=True)
+        raise RunError(
+            f"the disk of the run's folder is full: the checkpoint of step {step} was not written, those before it are "
+            "whole; free some space and retry the job",
+            code="disk_full",
+        ) from error

@@ -29,6 +29,7 @@ from transformers import (
 from erpo_core import ERPOConfig, ERPOTrainer
 from erpo_core.checkpoints import is_whole
 from erpo_core.errors import DatasetError, RunError
+from erpo_core.trainer import saving
 from erpo_core.trainer.run import first_process_first
 from erpo_core.trainer.scoring import score_rollouts
 from tiny_model import make_tiny_model
@@ -111,6 +112,28 @@ def test_checkpoints_are_cut_between_generations_and_rotated(tiny, tmp_path):
     left = {path.name for path in (tmp_path / "checkpoints").iterdir() if path.is_dir()}
     assert "checkpoint-6" in left
     assert len(left) <= 2, "the last, and the best"
+
+
+@pytest.mark.parametrize(("free", "error"), [(0, RunError), (2**30, RuntimeError)])
+def test_a_checkpoint_that_does_not_fit_on_the_disk_is_told_and_the_one_before_stays(
+    tiny, tmp_path, monkeypatch, free, error
+):
+    trainer = make_trainer(tiny, tmp_path, save_strategy="steps", save_steps=1, max_steps=2)
+    save_random_states = trainer._save_rng_state
+
+    def fail_at_the_second(folder) -> None:
+        if trainer.state.global_step == 2:
+            raise RuntimeError("unexpected pos 40320 vs 40212")
+        save_random_states(folder)
+
+    trainer._save_rng_state = fail_at_the_second
+    monkeypatch.setattr(saving.shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
+    with pytest.raises(error) as caught:
+        trainer.train()
+    assert is_whole(tmp_path / "checkpoint-1")
+    if error is RunError:
+        assert (caught.value.code, "step 2" in caught.value.message) == ("disk_full", True)
+        assert not (tmp_path / ".saving").exists(), "what did not fit holds no space"
 
 
 @pytest.mark.parametrize("moment", ["on_step_end", "on_log"])
