@@ -56,7 +56,7 @@ def check_head(model: Any) -> None:
         watch.remove()
     bias = getattr(head, "bias", None)
     products = linear(caught[0], head.weight[:_WORDS].float(), None if bias is None else bias[:_WORDS].float())
-    apart = _apart(logit_form(model.config).of(products), wanted)
+    apart = distance(logit_form(model.config).of(products), wanted)
     if not apart <= _ROUNDING.get(head.weight.dtype, _ROUNDING_ELSE):
         raise ValueError(
             f"model: {type(model).__name__} changes its logits after the head in a way that is not known (they are "
@@ -74,7 +74,7 @@ def check_training_mode(model: Any) -> None:
     """
     if _is_sharded(model):
         return
-    apart = _apart(_trial_logits(model, training=True), _trial_logits(model, training=False))
+    apart = distance(_trial_logits(model, training=True), _trial_logits(model, training=False))
     if not apart <= _ROUNDING_ELSE:
         raise ValueError(
             f"gradient_checkpointing: {type(model).__name__} gives other logits in training mode ({apart:.2g} of their "
@@ -96,5 +96,6 @@ def _trial_logits(model: Any, *, training: bool) -> Tensor:
         model.train(before)
 
 
-def _apart(found: Tensor, wanted: Tensor) -> float:
+def distance(found: Tensor, wanted: Tensor) -> float:
+    """Between two tensors, over the length of the one that is wanted."""
     return ((found - wanted).norm() / wanted.norm()).item()

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
+from erpo_core.heads import distance
 from erpo_core.prefill import shared_prefix
 
 _log = logging.getLogger(__name__)
@@ -235,7 +236,7 @@ def _is_the_same_packed(body: Any) -> bool:
     except (TypeError, RuntimeError) as error:
         _log.warning("%s is scored padded, not packed: %s", type(body).__name__, error)
         return False
-    apart = ((found - wanted).norm() / wanted.norm()).item()
+    apart = distance(found, wanted)
     if not apart <= _ROUNDING:
         _log.warning(
             "%s is scored padded: packed, its states are %.2g of their length apart", type(body).__name__, apart

@@ -9,7 +9,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from accelerate import DistributedType
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from test_families import PACKED, make
@@ -18,11 +17,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
-    CLIPImageProcessor,
-    CLIPVisionConfig,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    LlavaProcessor,
     TrainerCallback,
 )
 
@@ -329,49 +323,6 @@ def test_trls_order_of_the_arguments_is_taken(tiny, tmp_path):
         ERPOTrainer(model, even_ids, args, dataset, dataset)
 
 
-def test_a_column_of_images_is_refused_by_name(tmp_path):
-    for column in ("image", "images"):
-        with pytest.raises(ValueError, match=f"train_dataset: column '{column}'"):
-            ERPOTrainer(
-                None,
-                even_ids,
-                ERPOConfig(str(tmp_path), use_cpu=True),
-                Dataset.from_dict({"prompt": ["?"], column: [0]}),
-            )
-
-
-def test_a_processor_of_images_is_refused_by_name(tiny, tmp_path):
-    """transformers finds one by itself where the model is one of vision and language."""
-    tokenizer = AutoTokenizer.from_pretrained(tiny)
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
-    text = AutoModelForCausalLM.from_pretrained(tiny).config
-    vision = CLIPVisionConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
-    model = LlavaForConditionalGeneration(
-        LlavaConfig(text_config=text, vision_config=vision, image_token_id=tokenizer.vocab_size)
-    )
-    processor = LlavaProcessor(CLIPImageProcessor(), tokenizer, patch_size=32, vision_feature_select_strategy="default")
-    dataset = Dataset.from_dict({"prompt": ["1+1="] * 16})
-    args = ERPOConfig(str(tmp_path), use_cpu=True)
-    with pytest.raises(ValueError, match=r"processing_class: .* give its tokenizer"):
-        ERPOTrainer(model, even_ids, args, dataset, processing_class=processor)
-    ERPOTrainer(model, even_ids, args, dataset, processing_class=processor.tokenizer)
-
-
-@pytest.mark.parametrize(("option", "value"), [("trainable_token_indices", [3]), ("modules_to_save", ["embed_tokens"])])
-def test_what_fsdp2_cannot_shard_is_refused_by_name(tiny, tmp_path, option, value):
-    trainer = make_trainer(tiny, tmp_path, peft=LoraConfig(r=4, **{option: value}))
-    sharded = SimpleNamespace(distributed_type=DistributedType.FSDP)
-    of_fsdp2 = SimpleNamespace(args=trainer.args, accelerator=sharded, _policy=trainer._policy)
-    with pytest.raises(ValueError, match=f"{option} .*not supported with FSDP2"):
-        ERPOTrainer._check_layout(of_fsdp2)
-
-
-def test_dynamic_sampling_of_a_stream_is_refused_by_name(tmp_path):
-    stream = Dataset.from_dict({"prompt": ["?"]}).to_iterable_dataset()
-    with pytest.raises(ValueError, match=r"dynamic_sampling: .* write False"):
-        ERPOTrainer(None, even_ids, ERPOConfig(str(tmp_path), use_cpu=True, dynamic_sampling=True), stream)
-
-
 @pytest.mark.parametrize(("algorithm", "paper"), [("erpo", "2603.28204"), ("grpo", "2402.03300")])
 def test_the_model_card_names_the_method_and_its_own_paper(tiny, tmp_path, algorithm, paper):
     make_trainer(tiny, tmp_path, algorithm=algorithm).create_model_card(model_name="tiny")
@@ -379,13 +330,6 @@ def test_the_model_card_names_the_method_and_its_own_paper(tiny, tmp_path, algor
     assert f"trained with {algorithm.upper()}, a method introduced in [" in card
     assert f"https://huggingface.co/papers/{paper})" in card
     assert ("shao2024deepseekmath" in card) == (algorithm == "grpo"), "the citation"
-
-
-def test_an_outcome_that_is_none_of_the_rewards_is_refused(tiny, tmp_path):
-    with pytest.raises(ValueError, match="outcome_reward: 'evn_ids' is no reward function; write one of even_ids"):
-        make_trainer(tiny, tmp_path, outcome_reward="evn_ids")
-    assert make_trainer(tiny, tmp_path, outcome_reward="even_ids")._outcome_index() == 0
-    assert make_trainer(tiny, tmp_path)._outcome_index() == 0
 
 
 def weights_after(tiny, folder, **layout) -> tuple[torch.Tensor, list[str]]:
@@ -486,23 +430,6 @@ def test_without_a_kl_term_dead_groups_cost_no_backward_and_change_nothing(tiny,
         names = [name for name in one if not name.startswith(("time/", "step_time"))]
         values = [np.array([entry[name] for name in names], float) for entry in (one, two)]
         np.testing.assert_allclose(*values, rtol=1e-3, atol=1e-5, err_msg=str(names))
-
-
-@pytest.mark.parametrize("method", ["evaluate", "predict"])
-def test_trls_evaluation_is_refused_with_the_mend_and_disturbs_nothing(tiny, tmp_path, method):
-    trainer = make_trainer(tiny, tmp_path)
-    refused = []
-
-    class Between(TrainerCallback):
-        def on_step_end(self, args, state, control, **_):
-            with pytest.raises(ValueError, match=r"trainer\.sample.*eval_benchmarks") as caught:
-                getattr(trainer, method)(trainer.train_dataset)
-            refused.append(str(caught.value).partition(":")[0])
-
-    trainer.add_callback(Between())
-    trainer.train()
-    assert refused == [method, method]
-    assert ["reward" in entry for entry in trainer.state.log_history if "loss" in entry] == [True, True]
 
 
 def test_processes_wait_for_one_that_fetches_or_saves_what_is_large(monkeypatch):
